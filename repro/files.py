@@ -1,0 +1,90 @@
+"""Files that are whole or not there: atomic writes, hashes, JSON lines, and the error a user can mend."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+class ReproError(Exception):
+    """Something the user can mend; the message says what to do. Shown without a traceback."""
+
+
+def replace_atomic(path: str | Path, write: Callable[[str], object]) -> None:
+    """Let `write(temporary_path)` make a file and put it in the place of `path`, whole or not at all.
+
+    The temporary file lies in the same folder, is flushed to the disk and renamed over `path`. When
+    anything fails (a full disk, say) it is removed and the old file survives. Raises `ReproError` for
+    an `OSError`, naming the path and the reason.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    try:
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        # safetensors reports a full disk as its own SafetensorError, not as an OSError
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            kept = "the file that was there is unchanged" if path.exists() else "no file was written"
+            raise ReproError(f"cannot write {path}: {error}; {kept}. Free some space and run again.") from error
+        raise
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Write `data` to `path`, whole or not at all (see `replace_atomic`)."""
+    payload = data.encode() if isinstance(data, str) else data
+
+    def write(temporary: str) -> None:
+        with open(temporary, "wb") as file:
+            file.write(payload)
+
+    replace_atomic(path, write)
+
+
+def write_json(path: str | Path, values: object) -> None:
+    """Write `values` as indented JSON with a final newline, atomically; NaN is an error."""
+    write_atomic(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def append_line(path: str | Path, values: dict) -> None:
+    """Append `values` as one line of JSON; NaN is an error."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a") as file:
+        file.write(json.dumps(values, allow_nan=False) + "\n")
+
+
+def read_lines(path: str | Path) -> list[dict]:
+    """The JSON lines of a file, or none where it is missing.
+
+    A last line without its newline was cut by a killed process and is left out; any other line that
+    is not JSON raises `ReproError` with its number.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ReproError(f"{path}, line {number}, is not JSON ({error}); restore the file from git.") from error
+    return lines

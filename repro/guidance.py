@@ -1,0 +1,59 @@
+"""Guidance: functions that take a denoiser and return a denoiser, so samplers never know.
+
+A denoiser here is anything called as D(x, sigma, labels), such as `repro.denoiser.Denoiser`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LabelledDenoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def cfg(denoise: LabelledDenoiser, scale: float, null_label: int | None) -> LabelledDenoiser:
+    """Classifier-free guidance (Ho and Salimans 2022): D_null + scale * (D_labels - D_null).
+
+    Scale 1 is off and returns `denoise` itself: one network call a step instead of two halves of a
+    doubled batch. Scale 0 is the unconditional denoiser. `null_label` is the class that means "no
+    label"; without one (an unconditional network) any scale but 1 raises `ValueError`.
+    """
+    if scale == 1:
+        return denoise
+    if null_label is None:
+        raise ValueError(f"guidance {scale} needs a network with classes and a null class; use guidance 1")
+
+    def guided(
+        x: Float[Tensor, "n c h w"], sigma: Float[Tensor, " *n"], labels: Int[Tensor, " n"] | None
+    ) -> Float[Tensor, "n c h w"]:
+        if labels is None:
+            raise ValueError(f"guidance {scale} needs labels")
+        both = torch.cat([labels, torch.full_like(labels, null_label)])
+        twice = sigma if sigma.ndim == 0 else torch.cat([sigma, sigma])
+        D_labels, D_null = denoise(torch.cat([x, x]), twice, both).chunk(2)
+        return D_null + scale * (D_labels - D_null)
+
+    return guided
+
+
+def interval(
+    inside: LabelledDenoiser, outside: LabelledDenoiser, low: float, high: float
+) -> LabelledDenoiser:
+    """`inside` where low <= sigma <= high and `outside` elsewhere (Kynkäänniemi et al. 2024).
+
+    With inside = cfg(D, scale, null) and outside = D the second network call is made only within the
+    interval. sigma must be one number for the whole batch, as samplers give it.
+    """
+    if not 0 <= low <= high:
+        raise ValueError(f"need 0 <= low <= high; got {low}, {high}")
+
+    def limited(
+        x: Float[Tensor, "n c h w"], sigma: Float[Tensor, ""], labels: Int[Tensor, " n"] | None
+    ) -> Float[Tensor, "n c h w"]:
+        chosen = inside if low <= float(sigma) <= high else outside
+        return chosen(x, sigma, labels)
+
+    return limited

@@ -1,0 +1,315 @@
+"""Figures, tables and values of the paper: one style, deterministic files, and where each came from in it.
+
+A notebook calls `style()` once, draws, and saves under an id:
+
+    save_figure(fig, "fig9_celeba64_unet")      -> figures/<id>.png and .pdf
+    save_table("table1", frame, caption)        -> tables/<id>.csv, .md and .tex
+    save_values("fig9_celeba64_unet", {...})    -> values/<id>.json
+
+Files are whole or not there, and saving the same thing twice gives the same bytes. `read_provenance`
+tells, of any of them, the runs, weights, files, parameters and code it was made from.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas
+from jaxtyping import UInt8
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from repro import files, provenance
+from repro.files import ReproError
+
+WIDTHS = {"column": 3.3, "page": 6.8}
+"""Widths of a figure in inches, as printed: one column of the paper, or both."""
+
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+"""Okabe and Ito's colours, told apart under every common colour blindness; yellow, faint on white, last."""
+
+DIGITS = 6
+"""Significant digits of a saved number: more would differ between machines."""
+
+
+# Style ----------------------------------------------------------------------------------------------
+
+
+def style() -> None:
+    """Set the paper's style: 8 pt text at printed size, Okabe and Ito's colours, fonts embedded in PDFs.
+
+    Starts from matplotlib's own defaults, so that a user's matplotlibrc changes nothing.
+    """
+    matplotlib.rcdefaults()
+    plt.rcParams.update(
+        {
+            "figure.figsize": figure_size("column"),
+            "figure.dpi": 150,  # on the screen; save_figure states its own
+            "figure.constrained_layout.use": True,
+            "font.family": "DejaVu Sans",  # comes with matplotlib: the same glyphs on every machine
+            "font.size": 8,
+            "axes.titlesize": 8,
+            "axes.labelsize": 8,
+            "xtick.labelsize": 7,
+            "ytick.labelsize": 7,
+            "legend.fontsize": 7,
+            "legend.frameon": False,
+            "axes.prop_cycle": matplotlib.cycler(color=PALETTE),
+            "axes.linewidth": 0.6,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "grid.color": "0.9",
+            "grid.linewidth": 0.5,
+            "xtick.major.width": 0.6,
+            "ytick.major.width": 0.6,
+            "lines.linewidth": 1.2,
+            "lines.markersize": 3,
+            "pdf.fonttype": 42,  # TrueType: text in the PDF can be searched and edited
+            "svg.hashsalt": "repro",
+        }
+    )
+
+
+def figure_size(width: str = "column", aspect: float = 0.68) -> tuple[float, float]:
+    """Width and height in inches of a figure `"column"` or `"page"` wide; `aspect` is height over width."""
+    if width not in WIDTHS:
+        raise ReproError(f"no figure width is called {width!r}; known are {', '.join(WIDTHS)}")
+    return WIDTHS[width], WIDTHS[width] * aspect
+
+
+def image_grid(images: np.ndarray, rows: int, cols: int, pad: int = 2) -> UInt8[np.ndarray, "height width 3"]:
+    """The first rows · cols images side by side, row by row, as one RGB image.
+
+    `images` is uint8, [n, h, w, 3] or [n, 3, h, w]; `pad` white pixels lie between neighbours and none
+    around the edge. Raises `ReproError` where there are too few images, or they are not of that kind.
+    """
+    images = np.asarray(images)
+    if images.ndim == 4 and images.shape[3] != 3 and images.shape[1] == 3:
+        images = images.transpose(0, 2, 3, 1)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ReproError(f"a grid needs uint8 images [n, h, w, 3], not {images.dtype} {list(images.shape)}")
+    if len(images) < rows * cols or rows < 1 or cols < 1:
+        raise ReproError(f"{rows} rows of {cols} need {rows * cols} images; there are {len(images)}")
+    _, height, width, _ = images.shape
+    grid = np.full((rows * (height + pad) - pad, cols * (width + pad) - pad, 3), 255, np.uint8)
+    for i, image in enumerate(images[: rows * cols]):
+        top, left = i // cols * (height + pad), i % cols * (width + pad)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def show_image(ax: Axes, image: np.ndarray) -> Axes:
+    """Draw an image, or a grid of them, without ticks or frame; returns `ax`."""
+    ax.imshow(image, interpolation="none")  # the PDF then holds the pixels themselves
+    ax.set_axis_off()
+    return ax
+
+
+# Saving ---------------------------------------------------------------------------------------------
+
+
+def out() -> Path:
+    """The folder of figures/, tables/ and values/: REPRO_PAPER_OUT where it is set, else paper/."""
+    return Path(os.environ.get("REPRO_PAPER_OUT") or provenance.ROOT / "paper")
+
+
+def stamp(id: str) -> dict:
+    """What the output `id` is made from, as far as this process has read files.
+
+    `runs`: the SHA-256 of the weights of each recorded run read, by file. `files`: the SHA-256 of every
+    file read. `code`: the content hash of the `repro` modules in use. `notebook` and `parameters`:
+    those of the notebook being rendered; null in a session of one's own.
+    """
+    work = os.environ.get("REPRO_RENDER")  # set by `render`
+    job = json.loads((Path(work) / "job.json").read_text()) if work else {}
+    used = provenance.used_files()
+    runs = {}
+    for path in used:
+        if path.endswith("/run.json"):
+            folder = Path(path).parent
+            record = json.loads((provenance.ROOT / path).read_text())
+            runs[f"{folder.parent.name}/{folder.name}"] = record.get("weights", {})
+    loaded = sorted(name for name in sys.modules if name.startswith("repro."))
+    return {
+        "id": id,
+        "runs": runs,
+        "files": used,
+        "code": provenance.code_version("\n".join(f"import {name}" for name in loaded)),
+        "notebook": job.get("notebook"),
+        "parameters": job.get("parameters"),
+    }
+
+
+def save_figure(fig: Figure, id: str, dpi: int = 300) -> list[Path]:
+    """Write figures/<id>.png, at `dpi` pixels per inch, and figures/<id>.pdf; returns both paths.
+
+    The provenance is in their metadata: text chunk `repro` of the PNG, Keywords of the PDF.
+    """
+    record = json.dumps(stamp(id), sort_keys=True)
+    png, pdf = _path("figures", id, ".png"), _path("figures", id, ".pdf")
+    metadata = {"Title": id, "repro": record}
+    files.replace_atomic(png, lambda path: fig.savefig(path, format="png", dpi=dpi, metadata=metadata))
+    metadata = {"Title": id, "Keywords": record, "CreationDate": None}
+    files.replace_atomic(pdf, lambda path: fig.savefig(path, format="pdf", dpi=dpi, metadata=metadata))
+    return [png, pdf]
+
+
+def save_values(id: str, values: dict) -> Path:
+    """Write values/<id>.json: `values`, with sorted keys and 6 significant digits, and their provenance.
+
+    numpy numbers and arrays become plain ones. Raises `ReproError` naming the key of a value that is
+    not a finite number, text, true, false, none, or a list or dictionary of these.
+    """
+    path = _path("values", id, ".json")
+    record = {"provenance": stamp(id), "values": _plain(values, "")}
+    files.write_atomic(path, json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    return path
+
+
+def save_table(
+    id: str, frame: pandas.DataFrame, caption: str, formats: dict[str, str] | None = None
+) -> list[Path]:
+    """Write tables/<id>.csv, .md and .tex (booktabs); returns the three paths.
+
+    The CSV holds numbers to 6 significant digits. The other two show them as `formats` says by column
+    (`{"FD": ".2f"}`), else to 4 digits, and a missing value as a dash. Text and `caption` are plain:
+    what Markdown or LaTeX would take for markup is escaped. A named index becomes the first columns.
+    Raises `ReproError` for a format of a column that is not there, or a repeated column.
+    """
+    if any(frame.index.names):
+        frame = frame.reset_index()
+    columns = [str(column) for column in frame.columns]
+    formats = formats or {}
+    if unknown := set(formats) - set(columns):
+        unknown = ", ".join(sorted(unknown))
+        raise ReproError(f"table {id} has no column {unknown}; it has {', '.join(columns)}")
+    if len(set(columns)) < len(columns):
+        raise ReproError(f"table {id} has two columns of one name: {', '.join(columns)}")
+
+    frame = frame.set_axis(columns, axis=1).reset_index(drop=True)
+    numeric = [frame[column].dtype.kind in "iuf" for column in columns]
+    shown = frame.astype(object)
+    for column in columns:
+        shown[column] = [
+            "–" if missing else _cell(value, formats.get(column))
+            for value, missing in zip(frame[column], frame[column].isna(), strict=True)
+        ]
+    record = json.dumps(stamp(id), sort_keys=True)
+
+    def markdown(cells: Iterable[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", r"\|").replace("\n", " ") for cell in cells) + " |"
+
+    rule = "| " + " | ".join("--:" if right else ":--" for right in numeric) + " |"
+    rows = [markdown(row) for row in shown.itertuples(index=False)]
+    md = [f"<!-- repro: {record} -->", "", caption, "", markdown(columns), rule, *rows]
+    escaped = shown.style.format(escape="latex").format_index(escape="latex", axis=1).hide(axis="index")
+    tex = escaped.to_latex(
+        hrules=True,
+        column_format="".join("r" if right else "l" for right in numeric),
+        position_float="centering",
+        caption=caption.translate(_latex_escapes),
+        label=f"tab:{id}",
+    )
+    paths = [_path("tables", id, suffix) for suffix in (".csv", ".md", ".tex")]
+    files.write_atomic(paths[0], frame.to_csv(index=False, float_format=f"%.{DIGITS}g", lineterminator="\n"))
+    files.write_atomic(paths[1], "\n".join(md) + "\n")
+    files.write_atomic(paths[2], f"% repro: {record}\n{tex}")
+    return paths
+
+
+def read_provenance(path: str | Path) -> dict:
+    """The provenance (see `stamp`) inside a saved .png, .pdf, .json, .md or .tex file.
+
+    Raises `ReproError` where the file has none.
+    """
+    path = Path(path)
+    record = None
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            record = image.info.get("repro")
+    elif path.suffix == ".pdf":
+        # matplotlib leaves the Info dictionary uncompressed, at the end; text in it is backslash-escaped
+        if found := re.findall(rb"/Keywords \(((?:\\.|[^\\)])*)\)", path.read_bytes(), re.DOTALL):
+            record = re.sub(rb"\\(.)", rb"\1", found[-1]).decode()
+    elif path.suffix == ".json":
+        record = json.dumps(json.loads(path.read_text()).get("provenance"))
+    elif path.suffix in (".md", ".tex"):
+        if found := re.match(r"(?:<!--|%) repro: (\{.*\})", path.read_text()):
+            record = found[1]
+    if record in (None, "null"):
+        raise ReproError(f"{path} carries no provenance; it was not written by repro.paper")
+    return json.loads(record)
+
+
+def describe_metric(metric: dict, run: str | None = None) -> str:
+    """One line that says what a number is: what stands next to a paper number in a figure or table.
+
+    `metric` is a line of metrics.jsonl (see `repro.evaluate`); `run` is the run's name, whose first
+    part is the profile. Raises `ReproError` naming the keys that are missing.
+    """
+    needed = "name value images protocol features samples first_seed sampler steps evaluations guidance"
+    if missing := [key for key in ("reference", *needed.split()) if key not in metric]:
+        raise ReproError(f"the metric lacks {', '.join(missing)}: it does not say what it measures")
+    m, reference = metric, metric["reference"]
+    last_seed = m["first_seed"] + m["samples"] - 1
+    return (
+        f"{run + ': ' if run else ''}{m['name']} {m['value']:.3g} after {m['images'] / 1e6:.3g}M images; "
+        f"protocol {m['protocol']}, features {m['features']}, against {reference['count']:,} images of "
+        f"{reference['name']} (fingerprint {reference['fingerprint'][:8]}); {m['samples']:,} samples, "
+        f"seeds {m['first_seed']} to {last_seed}, {m['sampler']}, {m['steps']} steps, "
+        f"{m['evaluations']} network evaluations, "
+        + ("no guidance" if m["guidance"] == 1 else f"guidance {m['guidance']:g}")
+    )
+
+
+def _path(kind: str, id: str, suffix: str) -> Path:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", id):
+        raise ReproError(f"{id!r} cannot be the id of an output: use letters, digits, _ and -")
+    # while `render` executes a notebook its outputs wait there, and take their places only if all goes well
+    work = os.environ.get("REPRO_RENDER")
+    return (Path(work) / "out" if work else out()) / kind / (id + suffix)
+
+
+def _plain(value: object, key: str) -> object:
+    """`value` in JSON's types, floats rounded; `key` is the way to it, for errors."""
+    if hasattr(value, "tolist"):  # numpy numbers and arrays, tensors, pandas series
+        value = value.tolist()
+    if isinstance(value, dict):
+        for name in value:
+            if not isinstance(name, str):
+                raise ReproError(f"cannot save {key or 'the values'}: the key {name!r} is not text")
+        return {name: _plain(inner, f"{key}.{name}".lstrip(".")) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner, f"{key}[{i}]") for i, inner in enumerate(value)]
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ReproError(f"cannot save {key}: it is {value}, not a finite number")
+        return float(f"{value:.{DIGITS}g}") + 0.0  # + 0.0 turns -0.0 into 0.0
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    raise ReproError(f"cannot save {key}: {type(value).__name__} is not a number, text, list or dictionary")
+
+
+def _cell(value: object, form: str | None) -> str:
+    """A table's cell as text."""
+    if isinstance(value, (float, np.floating)) or form:
+        return format(value, form or ".4g")
+    return str(value)
+
+
+_latex_escapes = str.maketrans(
+    {c: rf"\{c}" for c in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+)

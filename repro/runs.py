@@ -1,0 +1,285 @@
+"""Recorded runs: a folder with a configuration, weights, a log, metrics and samples, all checked by hash.
+
+    <root>/<profile>/<name>/
+        run.json                            `Record`: what was run, on what, by which code, and the hashes
+        weights-00001-of-0000N.safetensors  EMA weights, float16, at most 15 MiB a file
+        log.jsonl                           loss and speed by images seen
+        metrics.jsonl                       one line per evaluation
+        samples.png                         a grid of samples, with their seeds in run.json
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import asdict, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from repro import config, denoiser, files, provenance, schedules
+from repro.files import ReproError
+from repro.models.unet import ADMUNet
+from repro.models.vit import ViT
+
+RECORDED = provenance.ROOT / "paper" / "runs"
+"""Where the repository keeps its recorded runs; the environment variable REPRO_RUNS overrides it."""
+
+SHARD_BYTES = 15 * 2**20
+
+
+@dataclass(frozen=True, config=config.strict)
+class DataUsed:
+    """The data set a run was trained on."""
+
+    name: str
+    fingerprint: str
+    """SHA-256 of its pixels and labels."""
+    count: int
+    trained_on: int
+    held_out: int
+
+
+@dataclass(frozen=True, config=config.strict)
+class Samples:
+    """The images of samples.png: row by row, sample seeds first_seed, first_seed + 1, ..."""
+
+    file: str
+    sha256: str
+    rows: int
+    cols: int
+    first_seed: int
+    sample: config.Sample
+    precision: str
+    device: str
+
+
+@dataclass(frozen=True, config=config.strict)
+class Record:
+    """What run.json holds; an unknown key is an error."""
+
+    config: config.Config
+    data: DataUsed
+    images: int
+    """Images seen by the recorded weights."""
+    seconds: float
+    """Seconds of training, evaluations and start-up left out."""
+    device: str
+    processes: int
+    versions: dict[str, str]
+    commit: str
+    """Git commit the code was at, "+" where files were changed; "unknown" outside git."""
+    code: str
+    """Content hash of the library (`provenance.code_version`)."""
+    parameters: int
+    """Number of parameters of the network."""
+    weights: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each weight file."""
+    samples: Samples | None = None
+
+
+_record = TypeAdapter(Record)
+
+
+class Run:
+    """A recorded run on disk. Every file read through it is noted for provenance."""
+
+    def __init__(self, name: str, path: Path, record: Record):
+        self.name, self.path, self.record = name, path, record
+
+    @property
+    def config(self) -> config.Config:
+        """The full configuration of the run."""
+        return self.record.config
+
+    @cached_property
+    def log(self) -> list[dict]:
+        """Lines of log.jsonl: images, loss, images_per_second, ..."""
+        return self._lines("log.jsonl")
+
+    @cached_property
+    def metrics(self) -> list[dict]:
+        """Lines of metrics.jsonl, one per evaluation (see `repro.evaluate`)."""
+        return self._lines("metrics.jsonl")
+
+    def _lines(self, name: str) -> list[dict]:
+        path = self.path / name
+        return files.read_lines(provenance.used(path)) if path.exists() else []
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The recorded weights, float32, by parameter name.
+
+        Raises `ReproError` naming the file that is missing, or whose bytes are not those recorded.
+        """
+        if not self.record.weights:
+            raise ReproError(f"the run {self.name} was recorded without weights; only its log and metrics exist")
+        tensors = {}
+        for name, recorded in self.record.weights.items():
+            path = self.path / name
+            if not path.exists():
+                raise ReproError(
+                    f"{path} is missing: {self.name} needs all of {', '.join(self.record.weights)}. "
+                    f"Restore it (git checkout, or copy the run folder again)."
+                )
+            if (found := files.sha256(path)) != recorded:
+                raise ReproError(
+                    f"{path} is damaged: its SHA-256 is {found[:16]}…, run.json says {recorded[:16]}…. "
+                    f"Restore the file (git checkout, or copy the run folder again)."
+                )
+            provenance.used(path)
+            tensors.update(load_file(path))
+        return {name: tensor.float() for name, tensor in tensors.items()}
+
+    def denoiser(self, device: str | torch.device = "cpu") -> denoiser.Denoiser:
+        """The recorded network as a denoiser in evaluation mode, float32, on `device`."""
+        built = build(self.config)
+        try:
+            built.net.load_state_dict(self.weights())
+        except RuntimeError as error:
+            raise ReproError(f"the weights of {self.name} do not fit its configuration: {error}") from error
+        return built.to(device).eval().requires_grad_(False)
+
+    def samples(self) -> UInt8[np.ndarray, "n h w 3"]:
+        """The recorded sample images, uint8, in the order of their seeds; checked by hash."""
+        recorded = self.record.samples
+        if recorded is None:
+            raise ReproError(f"the run {self.name} was recorded without samples")
+        path = self.path / recorded.file
+        if not path.exists() or files.sha256(path) != recorded.sha256:
+            raise ReproError(f"{path} is missing or not the file that was recorded; restore it (git checkout)")
+        grid = np.asarray(Image.open(provenance.used(path)).convert("RGB"))
+        height, width = grid.shape[0] // recorded.rows, grid.shape[1] // recorded.cols
+        tiles = grid.reshape(recorded.rows, height, recorded.cols, width, 3).swapaxes(1, 2)
+        return tiles.reshape(-1, height, width, 3)
+
+
+def root_folder(root: str | Path | None = None) -> Path:
+    """The folder of recorded runs: `root`, else the environment variable REPRO_RUNS, else paper/runs."""
+    return Path(root or os.environ.get("REPRO_RUNS") or RECORDED)
+
+
+def names(root: str | Path | None = None) -> list[str]:
+    """Names `<profile>/<run>` of the recorded runs, sorted."""
+    base = root_folder(root)
+    return sorted(path.parent.relative_to(base).as_posix() for path in base.glob("*/*/run.json"))
+
+
+def load_run(name: str | Path, root: str | Path | None = None) -> Run:
+    """The recorded run `<profile>/<name>` of the runs folder, or the one in the folder that is named.
+
+    Raises `ReproError` where there is none (with the near names), or where run.json cannot be read,
+    has an unknown key or a bad value.
+    """
+    path = Path(name) if (Path(name) / "run.json").is_file() else root_folder(root) / name
+    if not (path / "run.json").is_file():
+        near = difflib.get_close_matches(str(name), names(root), n=3, cutoff=0.3)
+        hint = f"Near names: {', '.join(near)}." if near else f"Recorded are: {', '.join(names(root)) or 'none'}."
+        raise ReproError(
+            f"there is no recorded run {name} in {root_folder(root)}. {hint} "
+            f"To make it: python -m repro train {name}"
+        )
+    return Run(str(name), path, read_record(provenance.used(path / "run.json")))
+
+
+def read_record(path: Path) -> Record:
+    """The record in a run.json; raises `ReproError` naming each unknown key or bad value."""
+    try:
+        return _record.validate_python(json.loads(path.read_text()))
+    except json.JSONDecodeError as error:
+        raise ReproError(f"{path} is not JSON: {error}. Restore the file.") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ReproError(f"{path} does not fit this version of the package: {problems}") from error
+
+
+def write_record(path: Path, record: Record) -> None:
+    """Write run.json, atomically."""
+    files.write_json(path / "run.json", _record.dump_python(record, mode="json"))
+
+
+def build(config: config.Config) -> denoiser.Denoiser:
+    """The network that `config` describes, freshly initialised, as a denoiser."""
+    network = {"unet": ADMUNet, "vit": ViT}[config.model.kind]
+    net = network(config.model, config.data.resolution, config.data.channels, config.data.classes)
+    return denoiser.Denoiser(
+        net,
+        schedules.from_config(config.schedule),
+        denoiser.parameterization(config.parameterization, config.sigma_data),
+    )
+
+
+def save_weights(path: Path, state: dict[str, torch.Tensor], config: config.Config) -> dict[str, str]:
+    """Write `state` as float16 safetensors files of at most 15 MiB, and return the SHA-256 of each.
+
+    The configuration is in each header, so that the weights alone can be used. Files of an earlier
+    number of shards are removed after the new ones are whole.
+    """
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name in sorted(state):
+        # channels-last strides are a property of the device, not of the record
+        tensor = state[name].detach().to("cpu", torch.float16).contiguous(memory_format=torch.contiguous_format)
+        if tensor.numel() * 2 > SHARD_BYTES:
+            raise ReproError(f"the tensor {name} alone exceeds {SHARD_BYTES} bytes; it cannot be recorded")
+        if not torch.isfinite(tensor).all():
+            raise ReproError(f"the tensor {name} is not finite in float16; the run cannot be recorded")
+        if size + tensor.numel() * 2 > SHARD_BYTES - 2**17:  # room for the header
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.numel() * 2
+    header = {"config": json.dumps(to_plain(config)), "format": "pt"}
+    hashes = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"weights-{number:05d}-of-{len(shards):05d}.safetensors"
+        files.replace_atomic(path / name, lambda temporary, shard=shard: save_file(shard, temporary, header))
+        hashes[name] = files.sha256(path / name)
+    for old in path.glob("weights-*.safetensors"):
+        if old.name not in hashes:
+            old.unlink()
+    return hashes
+
+
+def save_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"], rows: int, cols: int) -> str:
+    """Write rows * cols images as one PNG without gaps, atomically, and return its SHA-256."""
+    n, height, width, _ = images.shape
+    if n != rows * cols:
+        raise ValueError(f"{n} images do not fill {rows} rows of {cols}")
+    tiles = images.reshape(rows, cols, height, width, 3).swapaxes(1, 2)
+    grid = Image.fromarray(tiles.reshape(rows * height, cols * width, 3))
+    files.replace_atomic(path / "samples.png", lambda temporary: grid.save(temporary, format="PNG"))
+    return files.sha256(path / "samples.png")
+
+
+def to_plain(config_: config.Config) -> dict:
+    """The configuration as JSON values."""
+    return config.to_json(config_)
+
+
+def differences(one: config.Config, other: config.Config) -> list[str]:
+    """Dotted names of the settings in which two configurations differ."""
+
+    def flat(value: object, prefix: str) -> dict[str, object]:
+        if not isinstance(value, dict):
+            return {prefix: value}
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}".strip(".")).items()}
+
+    a, b = flat(asdict(one), ""), flat(asdict(other), "")
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def load_shards(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of one safetensors file; raises `ReproError` where the file is cut or damaged."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ReproError(f"{path} cannot be read ({error}); remove it to start anew") from error

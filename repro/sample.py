@@ -1,0 +1,120 @@
+"""From sample seeds to images: a seed gives the same noise for any batch size and number of devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from repro import config, guidance, samplers, schedules
+from repro.denoiser import Denoiser
+
+LABEL_SEEDS = 2**31
+"""Added to a seed for its label's generator. torch's CPU generator looks at the low 32 bits of a seed
+only, so sample seeds are kept below this number and labels share no generator with any noise."""
+
+
+def _generator(seed: int, offset: int = 0) -> torch.Generator:
+    if not 0 <= seed < LABEL_SEEDS:
+        raise ValueError(f"a sample seed must lie in [0, 2**31), not {seed}")
+    return torch.Generator().manual_seed(seed + offset)
+
+
+class SeedNoise:
+    """Standard normal noise with one CPU generator per sample seed.
+
+    Each call gives the next draw, [n, *shape] float32 on `device`: image i depends on seeds[i] alone.
+    A GPU's generator would differ between GPU models and batch sizes. Raises `ValueError` for a seed
+    outside [0, 2**31).
+    """
+
+    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: str | torch.device = "cpu"):
+        self.generators = [_generator(int(seed)) for seed in seeds]
+        self.shape, self.device = shape, device
+
+    def __call__(self) -> Float[Tensor, "n *shape"]:
+        """The next draw of each seed."""
+        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+
+
+def labels_for(seeds: Sequence[int], classes: int) -> Int[Tensor, " n"]:
+    """A class for each seed, uniform in [0, classes), independent of the noise of the same seed."""
+    generators = (_generator(int(seed), LABEL_SEEDS) for seed in seeds)
+    drawn = [int(torch.randint(classes, (), generator=g)) for g in generators]
+    return torch.tensor(drawn, dtype=torch.long)
+
+
+def guided(denoiser: Denoiser, sample: config.Sample) -> guidance.LabelledDenoiser:
+    """The denoiser under the guidance that `sample` asks for."""
+    net = getattr(denoiser.net, "_orig_mod", denoiser.net)
+    null_label = net.classes if net.classes and net.null_class else None
+    inside = guidance.cfg(denoiser, sample.guidance, null_label)
+    if sample.guidance_interval is None or sample.guidance == 1:
+        return inside
+    return guidance.interval(inside, denoiser, *sample.guidance_interval)
+
+
+@torch.no_grad()
+def sample_batch(
+    denoiser: Denoiser,
+    sample: config.Sample,
+    noise: Callable[[], Float[Tensor, "n c h w"]],
+    labels: Int[Tensor, " n"] | None = None,
+) -> Float[Tensor, "n c h w"]:
+    """One batch of images, float64 about [-1, 1]. `noise` gives the start, then what the sampler needs."""
+    sigmas = schedules.grid_for(denoiser.schedule, sample)
+    labelled = guided(denoiser, sample)
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        return labelled(x, sigma, labels)
+
+    start = noise().double() * sigmas[0]
+    if sample.sampler == "heun":
+        return samplers.heun(denoise, start, sigmas, churn=sample.churn, fresh_noise=noise)
+    return samplers.ancestral(denoise, start, sigmas, eta=sample.eta, fresh_noise=noise)
+
+
+def generate(
+    denoiser: Denoiser,
+    run: config.Config,
+    seeds: Sequence[int],
+    batch: int,
+    device: str | torch.device,
+    precision: str = "fp32",
+    sample: config.Sample | None = None,
+    labels: Int[Tensor, " all"] | None = None,
+) -> Iterator[UInt8[Tensor, "n c h w"]]:
+    """Images for `seeds`, in order, as uint8 batches on `device`.
+
+    denoiser: on `device`, possibly with a compiled network. precision: "fp32", or "bf16" for autocast.
+    sample: how to sample; by default as the run's configuration says. labels: a class for each seed;
+    by default drawn from the seeds. Every batch has exactly `batch` images, the last one filled up by
+    repeating its last seed and cut again, since a compiled network has fixed shapes.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"unknown precision {precision!r}; known are fp32, bf16")
+    seeds = list(seeds)
+    sample = sample or run.sample
+    shape = (run.data.channels, run.data.resolution, run.data.resolution)
+    if labels is None and run.data.classes:
+        labels = labels_for(seeds, run.data.classes)
+    for first in range(0, len(seeds), batch):
+        chosen = list(range(first, min(first + batch, len(seeds))))
+        padded = chosen + [chosen[-1]] * (batch - len(chosen))
+        noise = SeedNoise([seeds[i] for i in padded], shape, device)
+        some = None if labels is None else labels[padded].to(device)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            images = sample_batch(denoiser, sample, noise, some)
+        yield to_uint8(images[: len(chosen)])
+
+
+def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
+    """[-1, 1] to 0..255, rounded and clipped; the inverse of `from_uint8`."""
+    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def from_uint8(images: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """0..255 to [-1, 1], float32."""
+    return images.float() / 127.5 - 1

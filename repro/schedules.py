@@ -1,0 +1,145 @@
+"""Noise levels: the trained ones (a schedule) and the visited ones (a step grid).
+
+Everything is in EDM's frame, x = y + sigma * n, so SNR = 1 / sigma^2 and a VP schedule's
+alpha = 1 / sqrt(1 + sigma^2).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from repro import config
+
+
+@dataclass(frozen=True, eq=False)
+class DiscreteVP:
+    """A finite set of trained noise levels, drawn uniformly; the network is told the index.
+
+    `sigmas`: [T], ascending, float64, positive and finite.
+    """
+
+    sigmas: Float[Tensor, " T"]
+
+    def __post_init__(self):
+        sigmas = self.sigmas
+        if not (torch.isfinite(sigmas).all() and (sigmas > 0).all() and (sigmas.diff() > 0).all()):
+            raise ValueError("the sigmas of a schedule must be positive, finite and ascending")
+
+    @property
+    def sigma_min(self) -> float:
+        """The smallest trained noise level."""
+        return float(self.sigmas[0])
+
+    @property
+    def sigma_max(self) -> float:
+        """The largest trained noise level."""
+        return float(self.sigmas[-1])
+
+    def nearest(self, sigma: Float[Tensor, " *n"]) -> Int[Tensor, " *n"]:
+        """Index in [0, T) of the trained noise level closest to each sigma (in absolute distance)."""
+        table = self.sigmas.to(sigma.device)
+        wanted = sigma.to(table.dtype).contiguous()
+        above = torch.searchsorted(table, wanted).clamp(max=len(table) - 1)
+        below = (above - 1).clamp(min=0)
+        return torch.where(wanted - table[below] <= table[above] - wanted, below, above)
+
+    def round(self, sigma: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+        """The trained noise level closest to each sigma, float64."""
+        return self.sigmas.to(sigma.device)[self.nearest(sigma)]
+
+    def network_time(self, sigma: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+        """What the network is told: the timestep's index, as float32."""
+        return self.nearest(sigma).float()
+
+    def draw(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Training noise levels from numbers uniform in [0, 1): each trained sigma equally often."""
+        index = (uniform.double() * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
+        return self.sigmas.to(uniform.device)[index]
+
+
+@dataclass(frozen=True)
+class EDM:
+    """EDM's training distribution, ln sigma ~ N(P_mean, P_std^2); every noise level is trained.
+
+    Karras et al. 2022, Table 1. The network is told ln(sigma) / 4.
+    """
+
+    P_mean: float = -1.2
+    P_std: float = 1.2
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+
+    def round(self, sigma: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+        """Sigma itself, float64: every noise level is trained."""
+        return sigma.double()
+
+    def network_time(self, sigma: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+        """What the network is told, c_noise = ln(sigma) / 4, as float32."""
+        return (sigma.double().log() / 4).float()
+
+    def draw(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+        """Training noise levels from numbers uniform in [0, 1), by the inverse normal distribution."""
+        inside = uniform.double().clamp(1e-9, 1 - 1e-9)
+        return (self.P_mean + self.P_std * torch.special.ndtri(inside)).exp()
+
+
+def _from_alpha_bar(alpha_bar: Float[Tensor, " T"]) -> DiscreteVP:
+    # SNR = alpha_bar / (1 - alpha_bar) and SNR = 1 / sigma^2
+    return DiscreteVP(((1 - alpha_bar) / alpha_bar).sqrt())
+
+
+def cosine_vp(steps: int = 1000, offset: float = 0.008, largest_beta: float = 0.999) -> DiscreteVP:
+    """The cosine schedule of Nichol and Dhariwal 2021 (Eq. 17), with beta clipped at `largest_beta`."""
+
+    def alpha_bar(t: Tensor) -> Tensor:
+        return ((t + offset) / (1 + offset) * math.pi / 2).cos() ** 2
+
+    edges = alpha_bar(torch.arange(steps + 1, dtype=torch.float64) / steps)
+    betas = (1 - edges[1:] / edges[:-1]).clamp(max=largest_beta)
+    return _from_alpha_bar((1 - betas).cumprod(0))
+
+
+def linear_vp(steps: int = 1000, first_beta: float = 1e-4, last_beta: float = 0.02) -> DiscreteVP:
+    """The linear schedule of Ho et al. 2020, its betas scaled by 1000 / steps."""
+    betas = torch.linspace(first_beta, last_beta, steps, dtype=torch.float64) * (1000 / steps)
+    if betas[-1] >= 1:
+        raise ValueError(f"linear_vp of {steps} steps has a beta of {float(betas[-1]):.2f}; use more steps")
+    return _from_alpha_bar((1 - betas).cumprod(0))
+
+
+def from_config(schedule: config.Schedule) -> DiscreteVP | EDM:
+    """The schedule that a configuration names."""
+    if schedule.name == "edm":
+        return EDM(schedule.P_mean, schedule.P_std)
+    return {"cosine_vp": cosine_vp, "linear_vp": linear_vp}[schedule.name](schedule.steps)
+
+
+def karras_grid(
+    sigma_min: float, sigma_max: float, steps: int, rho: float = 7.0
+) -> Float[Tensor, " steps_and_zero"]:
+    """EDM's grid (Karras et al. 2022, Eq. 5): [steps + 1] float64, sigma_max down to sigma_min, then 0."""
+    if steps < 2 or not 0 < sigma_min < sigma_max:
+        raise ValueError(f"need steps >= 2, 0 < sigma_min < sigma_max; got {steps}, {sigma_min}, {sigma_max}")
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    grid = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return torch.cat([grid, grid.new_zeros(1)])
+
+
+def grid_for(schedule: DiscreteVP | EDM, sample: config.Sample) -> Float[Tensor, " steps_and_zero"]:
+    """The noise levels a sampler visits: EDM's grid within the trained range, each rounded to a trained one.
+
+    The released code of the paper does the same: sigma_min = max(0.002, smallest trained),
+    sigma_max = min(80, largest trained).
+    """
+    grid = karras_grid(
+        max(sample.sigma_min, schedule.sigma_min),
+        min(sample.sigma_max, schedule.sigma_max),
+        sample.steps,
+        sample.rho,
+    )
+    return torch.cat([schedule.round(grid[:-1]), grid[-1:]])

@@ -1,0 +1,463 @@
+"""Training: from a prepared data set to a recorded run, resumed by itself after a kill.
+
+Randomness is a function of (seed, step): data order, noise levels, noise, flips and dropped labels
+are drawn for the whole batch and each process takes its share. So a resumed run, or one on another
+number of processes, sees the same numbers; on CPU a resumed run is bit for bit the uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from repro import config, data, evaluate, files, provenance, runs, sample, weights
+from repro.denoiser import Denoiser
+from repro.files import ReproError
+
+STATE = "state.safetensors"
+
+MAY_CHANGE = ("train.images", "train.state_every_images", "train.log_every_images", "train.compile", "note")
+"""Settings that a resumed run may have changed, besides everything under `evaluate` and `sample`."""
+
+
+def seed_of(*parts: int | str) -> int:
+    """A 63-bit seed that is a fixed function of `parts`: independent streams from one run seed."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def learning_rate(train: config.Train, images: int) -> float:
+    """The learning rate after `images` images: linear warm-up, then constant."""
+    return train.lr * min(1.0, images / train.warmup_images) if train.warmup_images else train.lr
+
+
+def ema_decay(train: config.Train, images: int) -> float:
+    """What one step keeps of the average after `images` images.
+
+    Half of what is averaged is younger than the half-life, which is at most `ema_rampup` times the
+    images seen so far (Karras et al. 2022, their training code's EMA ramp-up).
+    """
+    halflife = train.ema_halflife_images
+    if train.ema_rampup is not None:
+        halflife = min(halflife, train.ema_rampup * images)
+    return 0.5 ** (train.batch / max(halflife, 1e-8))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process runs among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files."""
+        return self.rank == 0
+
+
+def find_place(device: str | None = None) -> Place:
+    """This process's rank and device; joins the process group where `torchrun` started several."""
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.device(kind).type == "cuda" and not torch.cuda.is_available():
+        raise ReproError(f"the device {kind} was asked for, but torch sees no GPU; use --device cpu")
+    if world > 1:
+        if kind == "cuda":
+            kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(kind)
+        torch.distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+    return Place(rank, world, torch.device(kind))
+
+
+class Batches:
+    """Training batches: image indices, images and labels for each step, on one process's device.
+
+    indices: positions in the data set that are trained on. Each epoch is a new permutation of them.
+    A data set that takes less than a quarter of a GPU's memory is kept on the GPU.
+    """
+
+    def __init__(self, real: data.Dataset, indices: np.ndarray, train: config.Train, place: Place):
+        self.real, self.indices, self.train, self.place = real, indices, train, place
+        self.epochs: dict[int, np.ndarray] = {}
+        self.resident = None
+        if place.device.type == "cuda" and real.images.nbytes < torch.cuda.mem_get_info(place.device)[0] / 4:
+            self.resident = torch.from_numpy(np.array(real.images)).to(place.device)
+
+    def rows(self, step: int) -> Int[np.ndarray, " batch"]:
+        """Positions in the data set of the whole batch of step `step` (counted from 0)."""
+        n, batch = len(self.indices), self.train.batch
+        wanted = np.arange(step * batch, (step + 1) * batch)
+        rows = np.empty(batch, dtype=np.int64)
+        for epoch in np.unique(wanted // n):
+            inside = wanted // n == epoch
+            rows[inside] = self._order(int(epoch))[wanted[inside] % n]
+        return rows
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self.epochs:
+            generator = torch.Generator().manual_seed(seed_of(self.train.seed, "order", epoch))
+            order = torch.randperm(len(self.indices), generator=generator).numpy()
+            self.epochs = {epoch: self.indices[order]}
+        return self.epochs[epoch]
+
+    def fetch(self, step: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"] | None]:
+        """This process's images of step `step`, float32 in [-1, 1], and their labels."""
+        share = self.train.batch // self.place.world
+        rows = self.rows(step)[self.place.rank * share : (self.place.rank + 1) * share]
+        if self.resident is not None:
+            images = self.resident[torch.from_numpy(rows).to(self.place.device)]
+        else:
+            images = torch.from_numpy(self.real.images[rows]).to(self.place.device)
+        labels = None
+        if self.real.labels is not None:
+            labels = torch.from_numpy(self.real.labels[rows]).to(self.place.device)
+        return sample.from_uint8(images), labels
+
+
+@dataclass
+class Draws:
+    """The random numbers of one step, for one process's share of the batch."""
+
+    uniform: Float[Tensor, " n"]
+    noise: Float[Tensor, "n c h w"]
+    flip: Tensor
+    drop: Tensor
+
+
+def draw(run: config.Config, step: int, place: Place, generator: torch.Generator) -> Draws:
+    """The random numbers of step `step`: drawn for the whole batch, then this process's share of them.
+
+    Also seeds the default generators, which dropout uses.
+    """
+    batch, share = run.train.batch, run.train.batch // place.world
+    mine = slice(place.rank * share, (place.rank + 1) * share)
+    generator.manual_seed(seed_of(run.train.seed, "step", step))
+    torch.manual_seed(seed_of(run.train.seed, "dropout", step, place.rank))
+    shape = (batch, run.data.channels, run.data.resolution, run.data.resolution)
+    options = {"device": place.device, "generator": generator}
+    uniform = torch.rand(3, batch, **options)
+    noise = torch.randn(shape, **options)
+    return Draws(uniform[0, mine], noise[mine], uniform[1, mine] < 0.5, uniform[2, mine] < run.train.label_drop)
+
+
+class Trainer:
+    """Everything that a step changes, and how it is saved and restored."""
+
+    def __init__(self, run: config.Config, place: Place):
+        self.run, self.place = run, place
+        torch.manual_seed(seed_of(run.train.seed, "init"))
+        self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
+        self.net = self.denoiser.net
+        self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.net.parameters(),
+            lr=run.train.lr,
+            betas=run.train.betas,
+            weight_decay=run.train.weight_decay,
+            fused=place.device.type == "cuda",
+        )
+        self.weight = weights.from_config(run.weight, self.denoiser.parameterization, run.sigma_data)
+        self.step, self.seconds = 0, 0.0
+
+        net = torch.compile(self.net, dynamic=False) if run.train.compile else self.net
+        if place.world > 1:
+            device_ids = [place.device.index] if place.device.type == "cuda" else None
+            net = DistributedDataParallel(net, device_ids=device_ids)
+        self.denoiser.net = net
+        ema = torch.compile(self.ema, dynamic=False) if run.train.compile else self.ema
+        self.ema_denoiser = Denoiser(ema, self.denoiser.schedule, self.denoiser.parameterization)
+        self.ema_parameters = list(self.ema.parameters())
+        self.parameters = list(self.net.parameters())
+
+    @property
+    def images(self) -> int:
+        """Images seen so far."""
+        return self.step * self.run.train.batch
+
+    def loss(
+        self, denoiser: Denoiser, y: Tensor, noise: Tensor, uniform: Tensor, labels: Tensor | None
+    ) -> Float[Tensor, " n"]:
+        """The weighted loss of each image at the noise levels that `uniform` draws."""
+        sigma = denoiser.schedule.draw(uniform)
+        bf16 = self.run.train.precision == "bf16"
+        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=bf16):
+            return denoiser.loss(y, noise, sigma, labels, self.weight)
+
+    def train_step(self, y: Tensor, labels: Tensor | None, numbers: Draws) -> Float[Tensor, ""]:
+        """One optimizer step on this process's share of a batch; returns its mean loss (on the device)."""
+        train = self.run.train
+        if self.run.data.flip:
+            y = torch.where(numbers.flip[:, None, None, None], y.flip(3), y)
+        if not self.run.data.classes:
+            labels = None
+        elif train.label_drop:
+            labels = torch.where(numbers.drop, self.run.data.classes, labels)
+        y = y.contiguous(memory_format=torch.channels_last)
+        loss = self.loss(self.denoiser, y, numbers.noise, numbers.uniform, labels).mean()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if train.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, train.grad_clip)
+        seen = self.images + train.batch
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(train, seen)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.ema_parameters, self.parameters, 1 - ema_decay(train, seen))
+        self.step += 1
+        return loss.detach()
+
+    def save_state(self, path: Path) -> None:
+        """Write all of the state, atomically: a killed run goes on from here."""
+        tensors = {}
+        for name, parameter in self.net.named_parameters():
+            tensors[f"net.{name}"] = parameter
+            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+        tensors |= {f"ema.{name}": parameter for name, parameter in self.ema.named_parameters()}
+        plain = {name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
+                 for name, tensor in tensors.items()}  # fmt: skip
+        about = {"step": self.step, "seconds": self.seconds, "config": config.to_json(self.run)}
+        files.replace_atomic(
+            path / STATE, lambda temporary: save_file(plain, temporary, {"about": json.dumps(about)})
+        )
+
+    def load_state(self, path: Path) -> None:
+        """Restore what `save_state` wrote; raises `ReproError` where it belongs to other settings."""
+        tensors = runs.load_shards(path / STATE)
+        with safe_open(path / STATE, "pt") as file:
+            about = json.loads(file.metadata()["about"])
+        saved = config.from_json(about["config"])
+        changed = [name for name in runs.differences(saved, self.run)
+                   if name not in MAY_CHANGE and not name.startswith(("evaluate.", "sample."))]  # fmt: skip
+        if changed:
+            raise ReproError(
+                f"{path / STATE} was saved with other settings ({', '.join(changed)}). Resume with the "
+                f"same settings, choose another --out, or remove {path} to start anew."
+            )
+        with torch.no_grad():
+            for name, parameter in self.net.named_parameters():
+                parameter.copy_(tensors[f"net.{name}"])
+                prefix = f"optimizer.{name}."
+                state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+                for key, value in state.items():
+                    on = self.place.device if key != "step" or self.place.device.type == "cuda" else "cpu"
+                    like_parameter = value.shape == parameter.shape and key != "step"
+                    placed = torch.empty_like(parameter).copy_(value) if like_parameter else value.to(on)
+                    self.optimizer.state[parameter][key] = placed
+            for name, parameter in self.ema.named_parameters():
+                parameter.copy_(tensors[f"ema.{name}"])
+        self.step, self.seconds = about["step"], about["seconds"]
+
+
+def train(
+    run: config.Config,
+    out: str | Path,
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    grid: tuple[int, int] = (8, 8),
+) -> Path:
+    """Train `run` into the folder `out` and record it there; returns the folder.
+
+    Goes on from the state file where there is one. At each evaluation the run so far is recorded whole
+    (weights, samples, metrics), so that a run that is never finished is still a recorded run.
+    grid: rows and columns of samples.png, sample seeds 0, 1, ...
+
+    Raises `ReproError` for a data set that is not prepared or does not fit, a batch that does not
+    divide among the processes, a state of other settings, and a loss that is not finite.
+    """
+    out = Path(out)
+    place = find_place(device)
+    say = print if place.first else (lambda *_: None)
+    torch.backends.cudnn.benchmark = True
+    if run.train.batch % place.world:
+        raise ReproError(f"a batch of {run.train.batch} cannot be shared by {place.world} processes")
+    real = data.load(run.data.name, data_root)
+    check_data(run, real)
+    trained_on, held_out = data.holdout_split(len(real.images), run.data.holdout)
+    trainer = Trainer(run, place)
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / STATE).exists():
+        trainer.load_state(out)
+        say(f"{run.name}: going on from {trainer.images:,} images")
+    elif place.first and (out / "run.json").exists():
+        raise ReproError(f"{out} holds a recorded run without its state; choose another --out or move it away")
+    if place.first:
+        for name in ("log.jsonl", "metrics.jsonl"):  # what a killed run wrote after its last state
+            keep_until(out / name, trainer.images)
+
+    record = runs.Record(
+        config=run,
+        data=runs.DataUsed(run.data.name, real.manifest["fingerprint"], len(real.images), len(trained_on), len(held_out)),
+        images=trainer.images,
+        seconds=trainer.seconds,
+        device=evaluate.device_name(place.device),
+        processes=place.world,
+        versions=versions(),
+        commit=git_commit(),
+        code=provenance.code_version("import repro.train"),
+        parameters=sum(p.numel() for p in trainer.net.parameters()),
+    )  # fmt: skip
+    say(f"{run.name}: {record.parameters:,} parameters, {len(trained_on):,} images of {run.data.name}, {record.device}")
+
+    batches = Batches(real, trained_on, run.train, place)
+    generator = torch.Generator(place.device)
+    total = math.ceil(run.train.images / run.train.batch)
+    evaluations = sorted({min(math.ceil(at / run.train.batch), total) for at in (*run.evaluate.at, run.train.images)})
+    every = {name: max(1, round(getattr(run.train, name) / run.train.batch))
+             for name in ("state_every_images", "log_every_images")}  # fmt: skip
+    feature_net = None
+    losses, began, logged_at, logged_images = [], time.perf_counter(), time.perf_counter(), trainer.images
+
+    with ThreadPoolExecutor(1) as loader:
+        upcoming = loader.submit(batches.fetch, trainer.step)
+        while trainer.step < total:
+            y, labels = upcoming.result()
+            upcoming = loader.submit(batches.fetch, trainer.step + 1)
+            numbers = draw(run, trainer.step, place, generator)
+            losses.append(trainer.train_step(y, labels, numbers))
+            step = trainer.step
+            measure = step in evaluations and run.evaluate.at != ()
+            if step % every["log_every_images"] == 0 or step == total or measure:
+                loss = float(torch.stack(losses).mean())
+                now = time.perf_counter()
+                speed = (trainer.images - logged_images) / (now - logged_at)
+                if not math.isfinite(loss):
+                    raise ReproError(
+                        f"the loss is {loss} at {trainer.images:,} images; nothing was saved since the last state. "
+                        f"Lower train.lr or use train.precision fp32, and start in a new folder."
+                    )
+                if place.first:
+                    line = {"images": trainer.images, "loss": loss, "images_per_second": round(speed, 1),
+                            "lr": learning_rate(run.train, trainer.images)}  # fmt: skip
+                    files.append_line(out / "log.jsonl", line)
+                    say(f"{trainer.images:>12,} images  loss {loss:.5f}  {speed:,.0f} images/s", flush=True)
+                losses, logged_at, logged_images = [], now, trainer.images
+            if measure or step == total:
+                trainer.seconds += time.perf_counter() - began
+                record = replace(record, images=trainer.images, seconds=round(trainer.seconds, 1))
+                if measure:
+                    feature_net = feature_net or evaluate.feature_network(run.evaluate.features, place.device)
+                    lines = evaluate.evaluate(trainer.ema_denoiser, run, trainer.images, place.device,
+                                              run.train.precision, batch=evaluation_batch(run), network=feature_net,
+                                              neighbours=step == total and run.data.holdout > 0)  # fmt: skip
+                    lines += held_out_loss(trainer, real, trained_on, held_out)
+                    for line in lines if place.first else []:
+                        files.append_line(out / "metrics.jsonl", line)
+                        say(f"{trainer.images:>12,} images  {line['name']}: {line['value']:.4f}", flush=True)
+                if place.first:
+                    record = record_run(out, record, trainer.ema, grid, place.device)
+                began = logged_at = time.perf_counter()
+            if place.first and (step % every["state_every_images"] == 0 or step == total):
+                trainer.seconds += time.perf_counter() - began
+                began = time.perf_counter()
+                trainer.save_state(out)
+        upcoming.cancel()
+    if place.world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return out
+
+
+def evaluation_batch(run: config.Config) -> int:
+    """Images per batch when evaluating while training: 500, or fewer for few samples."""
+    return min(500, run.evaluate.samples)
+
+
+def check_data(run: config.Config, real: data.Dataset) -> None:
+    """Raise `ReproError` where a prepared data set does not fit the configuration."""
+    shape = (run.data.channels, run.data.resolution, run.data.resolution)
+    if real.images.shape[1:] != shape:
+        raise ReproError(f"{run.data.name} holds images of {real.images.shape[1:]}, the configuration asks for {shape}")
+    if run.data.classes and (real.labels is None or len(real.classes) != run.data.classes):
+        raise ReproError(f"{run.data.name} has {len(real.classes)} classes, the configuration asks for {run.data.classes}")
+    if run.data.holdout >= len(real.images):
+        raise ReproError(f"data.holdout is {run.data.holdout}, but {run.data.name} has {len(real.images)} images")
+
+
+def keep_until(path: Path, images: int) -> None:
+    """Drop the lines of a log that were written after `images` images."""
+    if path.exists():
+        kept = [line for line in files.read_lines(path) if line["images"] <= images]
+        files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+@torch.no_grad()
+def held_out_loss(trainer: Trainer, real: data.Dataset, trained_on: np.ndarray, held_out: np.ndarray) -> list[dict]:
+    """The loss of the averaged weights on held-out images and on as many training images.
+
+    Both use the same noise and noise levels, so the difference is what the network has memorised.
+    """
+    run, device = trainer.run, trainer.place.device
+    if len(held_out) == 0:
+        return []
+    lines = []
+    for name, indices in (("held-out", held_out), ("training", trained_on[: len(held_out)])):
+        batch = min(evaluation_batch(run), len(indices))
+        total, count = 0.0, 0
+        for first in range(0, len(indices) - batch + 1, batch):
+            rows = indices[first : first + batch]
+            y = sample.from_uint8(torch.from_numpy(real.images[rows])).to(device)
+            labels = torch.from_numpy(real.labels[rows]).to(device) if run.data.classes else None
+            generator = torch.Generator().manual_seed(seed_of("held-out loss", first))
+            noise = torch.randn(y.shape, generator=generator).to(device)
+            uniform = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).to(device)
+            total += float(trainer.loss(trainer.ema_denoiser, y, noise, uniform, labels).sum())
+            count += batch
+        lines.append({"name": f"loss on {name} images", "value": total / count, "images": trainer.images, "count": count})
+    return lines
+
+
+def record_run(
+    out: Path, record: runs.Record, ema: nn.Module, grid: tuple[int, int], device: torch.device
+) -> runs.Record:
+    """Record the averaged weights, and samples drawn from the weights as recorded (float16, read back)."""
+    hashes = runs.save_weights(out, ema.state_dict(), record.config)
+    rows, cols = grid
+    record = replace(record, weights=hashes, samples=None)
+    runs.write_record(out, record)
+    denoiser = runs.load_run(out).denoiser(device)
+    images = torch.cat(list(sample.generate(denoiser, record.config, range(rows * cols), 64, device)))
+    image_hash = runs.save_samples(out, images.permute(0, 2, 3, 1).cpu().numpy(), rows, cols)
+    samples = runs.Samples("samples.png", image_hash, rows, cols, 0, record.config.sample, "fp32", record.device)
+    record = replace(record, samples=samples)
+    runs.write_record(out, record)
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    if torch.cuda.is_available():
+        found |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return found
+
+
+def git_commit() -> str:
+    """The commit of the checkout, with "+" where tracked files were changed; "unknown" outside git."""
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(provenance.ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,23 @@
+"""What every test shares: checked shapes, one thread, and the folder of real images."""
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+# Before any import of repro: every jaxtyping annotation of the package is checked at every call.
+jaxtyping.install_import_hook("repro", "beartype.beartype")
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real images beside the repository; tests that need it are skipped where it is not."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the real images are not here: this test needs a folder shared/data beside the repository")
+    return SHARED_DATA

@@ -1,0 +1,246 @@
+"""Figures, tables and values: deterministic bytes, and the way back to what they were made from."""
+
+import json
+import os
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas
+import pytest
+from PIL import Image
+
+from repro import files, paper, provenance
+from repro.files import ReproError
+
+
+@pytest.fixture(autouse=True)
+def scratch(tmp_path, monkeypatch):
+    """Outputs go to a scratch folder, and no file has been used yet."""
+    monkeypatch.setenv("REPRO_PAPER_OUT", str(tmp_path / "out"))
+    monkeypatch.delenv("REPRO_RENDER", raising=False)
+    provenance.forget()
+    yield tmp_path
+    provenance.forget()
+    plt.close("all")
+
+
+@pytest.fixture
+def recorded_run(tmp_path):
+    """A run folder whose run.json and log were read."""
+    folder = tmp_path / "runs" / "lab" / "faces"
+    files.write_json(folder / "run.json", {"weights": {"weights-00001-of-00001.safetensors": "ab" * 32}})
+    provenance.used(folder / "run.json")
+    return folder
+
+
+def draw():
+    paper.style()
+    fig, ax = plt.subplots(figsize=paper.figure_size("column"))
+    ax.plot([0, 1, 2], [3, 1, 2], label=r"$\gamma = 5$")
+    ax.set_xlabel("images seen (M)")
+    ax.legend()
+    return fig
+
+
+def test_saving_twice_gives_the_same_bytes(scratch):
+    first = [path.read_bytes() for path in paper.save_figure(draw(), "curve")]
+    assert [path.read_bytes() for path in paper.save_figure(draw(), "curve")] == first
+    assert b"CreationDate" not in first[1]
+
+
+def test_another_process_gives_the_same_bytes(scratch):
+    code = (
+        "import matplotlib.pyplot as plt\nfrom repro import paper\npaper.style()\n"
+        "plt.plot([0, 1, 2], [3, 1, 2], label='γ = 5')\nplt.legend()\npaper.save_figure(plt.gcf(), 'curve')"
+    )
+    saved = []
+    for seed in "12":  # of Python's hashes, which order sets and name subset fonts
+        out = scratch / seed
+        environment = os.environ | {"PYTHONHASHSEED": seed, "REPRO_PAPER_OUT": str(out), "MPLBACKEND": "agg"}
+        environment["PYTHONPATH"] = str(provenance.ROOT)
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, cwd=scratch)
+        saved.append([(out / "figures" / f"curve{suffix}").read_bytes() for suffix in (".png", ".pdf")])
+    assert saved[0] == saved[1]
+
+
+def test_provenance_comes_back_from_every_kind_of_file(scratch, recorded_run):
+    log = scratch / "odd (name) \\ é.jsonl"  # everything that PDF or JSON text must escape
+    log.write_text("{}\n")
+    provenance.used(log)
+    frame = pandas.DataFrame({"FD": [1.5]})
+    paths = [
+        *paper.save_figure(draw(), "all"),
+        *paper.save_table("all", frame, "A caption"),
+        paper.save_values("all", {"x": 1}),
+    ]
+    expected = paper.stamp("all")
+    assert expected["files"][provenance.relative(log)] == files.sha256(log)
+    assert expected["runs"] == {"lab/faces": {"weights-00001-of-00001.safetensors": "ab" * 32}}
+    for path in paths:
+        if path.suffix != ".csv":
+            assert paper.read_provenance(path) == expected, path.suffix
+
+
+def test_provenance_says_which_library_code_was_in_use(scratch):
+    # at least what this file imports, through to the modules those import
+    assert {"repro.paper", "repro.files", "repro.provenance"} <= provenance.modules_of("import repro.paper")
+    assert len(paper.stamp("x")["code"]) == 16
+    assert paper.stamp("x")["parameters"] is None
+
+
+def test_a_file_without_provenance_is_refused(scratch):
+    Image.new("RGB", (4, 4)).save(scratch / "plain.png")
+    with pytest.raises(ReproError, match="plain.png carries no provenance"):
+        paper.read_provenance(scratch / "plain.png")
+
+
+def test_figures_have_the_printed_size_and_embedded_truetype(scratch):
+    png, pdf = paper.save_figure(draw(), "size")
+    with Image.open(png) as image:
+        assert image.size == (990, 673)  # 3.3 in wide at 300 dpi, 0.68 times as high
+        assert image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    assert b"/Subtype /CIDFontType2" in pdf.read_bytes() or b"/Subtype /TrueType" in pdf.read_bytes()
+    assert b"/Type3" not in pdf.read_bytes()
+
+
+def test_style_does_not_depend_on_what_was_set_before(scratch):
+    with matplotlib.rc_context():
+        plt.rcParams["font.size"] = 30
+        plt.rcParams["savefig.bbox"] = "tight"
+        paper.style()
+        assert plt.rcParams["font.size"] == 8
+        assert plt.rcParams["savefig.bbox"] is None
+
+
+def test_unknown_width_names_the_known_ones():
+    with pytest.raises(ReproError, match="column, page"):
+        paper.figure_size("colunm")
+
+
+@pytest.mark.parametrize("id", ["../escape", "", "a b", ".hidden"])
+def test_an_id_is_a_plain_name(id):
+    with pytest.raises(ReproError, match="cannot be the id of an output"):
+        paper.save_values(id, {})
+
+
+def test_values_are_rounded_sorted_and_plain(scratch):
+    path = paper.save_values(
+        "v",
+        {
+            "b": np.float32(1 / 3),
+            "a": {"array": np.array([1.23456789e-7, -0.0]), "count": np.int64(17_469)},
+            "c": (True, None, "text"),
+        },
+    )
+    text = path.read_text()
+    assert json.loads(text)["values"] == {
+        "a": {"array": [1.23457e-07, 0.0], "count": 17469},
+        "b": 0.333333,
+        "c": [True, None, "text"],
+    }
+    assert "-0.0" not in text
+    assert text.index('"a"') < text.index('"b"')
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"fd": {"lab": [1.0, float("nan")]}}, r"cannot save fd\.lab\[1\]: it is nan"),
+        ({"fd": np.array([np.inf])}, r"cannot save fd\[0\]: it is inf"),
+        ({"when": object()}, "cannot save when: object is not"),
+        ({"by": {3: 1.0}}, "cannot save by: the key 3 is not text"),
+    ],
+)
+def test_values_that_are_no_values_are_named(scratch, values, message):
+    with pytest.raises(ReproError, match=message):
+        paper.save_values("bad", values)
+    assert not (scratch / "out" / "values" / "bad.json").exists()
+
+
+def test_tables_in_three_formats(scratch):
+    frame = pandas.DataFrame(
+        {"run_name": ["a|b", "50% & up"], "FD": [7.123456789, None], "paper FID": [1.6, 2.28]},
+        index=pandas.Index([1, 2], name="#"),
+    )
+    csv, md, tex = paper.save_table("t", frame, "Lab's 5% of $γ_5$", formats={"FD": ".2f"})
+    assert csv.read_text() == "#,run_name,FD,paper FID\n1,a|b,7.12346,1.6\n2,50% & up,,2.28\n"
+    assert md.read_text().splitlines()[2:] == [
+        "Lab's 5% of $γ_5$",
+        "",
+        "| # | run_name | FD | paper FID |",
+        "| --: | :-- | --: | --: |",
+        r"| 1 | a\|b | 7.12 | 1.6 |",
+        "| 2 | 50% & up | – | 2.28 |",
+    ]
+    text = tex.read_text()
+    assert r"\caption{Lab's 5\% of \$γ\_5\$}" in text
+    assert r"\# & run\_name & FD & paper FID \\" in text
+    assert r"2 & 50\% \& up & – & 2.28 \\" in text
+    assert r"\toprule" in text and r"\begin{tabular}{rlrr}" in text and r"\label{tab:t}" in text
+
+
+def test_a_format_for_no_column_is_an_error():
+    with pytest.raises(ReproError, match="no column fid; it has FD"):
+        paper.save_table("t", pandas.DataFrame({"FD": [1.0]}), "", formats={"fid": ".2f"})
+
+
+@pytest.mark.parametrize("channels_first", [False, True])
+def test_image_grid_puts_each_image_in_its_place(channels_first):
+    images = np.random.default_rng(0).integers(0, 255, (6, 5, 4, 3), dtype=np.uint8)
+    given = images.transpose(0, 3, 1, 2) if channels_first else images
+    grid = paper.image_grid(given, rows=2, cols=3, pad=1)
+    assert grid.shape == (2 * 5 + 1, 3 * 4 + 2, 3)
+    for i in range(6):
+        row, col = divmod(i, 3)
+        np.testing.assert_array_equal(grid[row * 6 : row * 6 + 5, col * 5 : col * 5 + 4], images[i])
+    assert (grid[5] == 255).all() and (grid[:, 4] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "images, message",
+    [
+        (np.zeros((3, 8, 8, 3), np.uint8), "2 rows of 2 need 4 images; there are 3"),
+        (np.zeros((4, 8, 8, 3), np.float32), "needs uint8 images .* not float32"),
+        (np.zeros((4, 8, 8), np.uint8), r"not uint8 \[4, 8, 8\]"),
+    ],
+)
+def test_image_grid_refuses_what_is_no_grid(images, message):
+    with pytest.raises(ReproError, match=message):
+        paper.image_grid(images, 2, 2)
+
+
+def test_the_pdf_holds_the_pixels_of_a_grid(scratch):
+    paper.style()
+    fig, ax = plt.subplots(figsize=(2, 2))
+    paper.show_image(ax, np.random.default_rng(0).integers(0, 255, (50, 50, 3), dtype=np.uint8))
+    _, pdf = paper.save_figure(fig, "pixels")
+    assert b"/Width 50" in pdf.read_bytes()  # not resampled to the dpi of the figure
+
+
+def test_a_metric_says_what_it_measures():
+    metric = {
+        "name": "FD (EfficientNet-Lite0)",
+        "value": 7.4142,
+        "images": 6_000_000,
+        "protocol": "lab",
+        "features": "efficientnet_lite0",
+        "samples": 10_000,
+        "first_seed": 1_000_000,
+        "sampler": "heun",
+        "steps": 18,
+        "evaluations": 35,
+        "guidance": 1.0,
+        "reference": {"name": "celeba64", "count": 17_469, "fingerprint": "0123456789abcdef"},
+    }
+    assert paper.describe_metric(metric, run="lab/celeba64-unet") == (
+        "lab/celeba64-unet: FD (EfficientNet-Lite0) 7.41 after 6M images; protocol lab, features "
+        "efficientnet_lite0, against 17,469 images of celeba64 (fingerprint 01234567); 10,000 samples, seeds "
+        "1000000 to 1009999, heun, 18 steps, 35 network evaluations, no guidance"
+    )
+    assert paper.describe_metric(metric | {"guidance": 1.5}).endswith("guidance 1.5")
+    del metric["features"]
+    with pytest.raises(ReproError, match="the metric lacks features"):
+        paper.describe_metric(metric)

@@ -1,0 +1,387 @@
+"""The ViT against the released tensors' shapes, and against an independent float64 computation."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import ClassVar
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repro import config
+from repro.files import ReproError
+from repro.models.vit import ViT, unpatchify
+
+RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
+
+# Table 1 of the supplement (ViT-Small with the 8 heads of U-ViT-S: 512 is not divisible by the printed 6).
+SIZES = {
+    "ViT-Small": (config.ViT(patch=4, width=512, depth=13, heads=8), 64, 3),
+    "ViT-Base": (config.ViT(patch=2, width=768, depth=12, heads=12), 32, 4),
+    "ViT-Large": (config.ViT(patch=4, width=1024, depth=21, heads=16), 64, 3),
+    "ViT-XL": (config.ViT(patch=2, width=1152, depth=28, heads=16), 32, 4),
+}
+
+TINY = config.ViT(patch=2, width=24, depth=3, heads=3, time_rows=20)
+
+
+def on_meta(name: str, classes: int, time_rows: int) -> ViT:
+    """A model of Table 1 without memory for its weights."""
+    model, resolution, channels = SIZES[name]
+    with torch.device("meta"):
+        return ViT(dataclasses.replace(model, time_rows=time_rows), resolution, channels, classes)
+
+
+def count(net: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def scrambled(classes: int = 5, dtype: torch.dtype = torch.float64, **changes) -> ViT:
+    """A small ViT for 8 x 8 images in which every parameter matters (at its start many are zero)."""
+    net = ViT(dataclasses.replace(TINY, **changes), resolution=8, in_channels=3, classes=classes)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return net.to(dtype)
+
+
+def inputs(n: int = 4, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(n, 3, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    t = torch.tensor([0.0, 19.0, 7.0, 7.0])[:n]
+    return x, t, torch.tensor([4, 0, 5, 2])[:n]
+
+
+# Against the released checkpoints
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("ViT-Large", "minsnr-vit-l-imagenet64 (ema_0.9999_large.pt)"),
+        ("ViT-XL", "minsnr-vit-xl-imagenet256-latent (ema_0.9999_xl.pt)"),
+        ("ViT-Base", "minsnr-vit-b-imagenet256-latent (training config)"),
+    ],
+)
+def test_every_released_tensor_has_its_place_by_name_and_shape(name, key):
+    if not RELEASED.exists():
+        pytest.skip(f"the list of released tensors is not here ({RELEASED.name})")
+    released = json.loads(RELEASED.read_text())[key]
+    net = on_meta(name, classes=1000, time_rows=4000)
+    assert {key: list(value.shape) for key, value in net.state_dict().items()} == released["state_dict"]
+    assert count(net) == released["parameters"]
+
+
+@pytest.mark.parametrize(
+    "name, parameters",
+    [("ViT-Base", 89_109_520), ("ViT-Large", 269_983_792), ("ViT-XL", 452_390_416)],
+)
+def test_parameter_counts_of_the_released_networks(name, parameters):
+    assert count(on_meta(name, classes=1000, time_rows=4000)) == parameters
+
+
+@pytest.mark.parametrize(
+    "name, millions", [("ViT-Small", 43), ("ViT-Base", 88), ("ViT-Large", 269), ("ViT-XL", 451)]
+)
+def test_table_1_counts_a_time_table_of_4000_rows_and_no_class_table(name, millions):
+    assert round(count(on_meta(name, classes=0, time_rows=4000)) / 1e6) == millions
+
+
+# Against plain NumPy, written from the published description of the network
+
+
+def numpy_vit(net: ViT, x: np.ndarray, t: list[int], labels: list[int] | None, heads: int) -> np.ndarray:
+    """The same function in float64: loops over images, patches and heads, an explicit softmax."""
+    w = {name: value.detach().double().numpy() for name, value in net.state_dict().items()}
+    patch = w["patch_embed.proj.weight"].shape[-1]
+    depth = len({name.split(".")[1] for name in w if name.startswith("blocks.")})
+    n, channels, side, _ = x.shape
+    width = w["pos_embed"].shape[-1]
+    erf = np.vectorize(math.erf)
+
+    def norm(z, prefix):
+        centred = z - z.mean(-1, keepdims=True)
+        std = np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        return centred / std * w[f"{prefix}.weight"] + w[f"{prefix}.bias"]
+
+    def linear(z, prefix):
+        return z @ w[f"{prefix}.weight"].T + w[f"{prefix}.bias"]
+
+    def attention(z, prefix):
+        q, k, v = np.split(z @ w[f"{prefix}.qkv.weight"].T, 3, axis=-1)
+        q, v = q + w[f"{prefix}.q_bias"], v + w[f"{prefix}.v_bias"]
+        size = width // heads
+        mixed = np.empty_like(z)
+        for head in range(heads):
+            part = slice(head * size, (head + 1) * size)
+            logits = q[:, part] @ k[:, part].T / math.sqrt(size)
+            share = np.exp(logits - logits.max(-1, keepdims=True))
+            mixed[:, part] = share / share.sum(-1, keepdims=True) @ v[:, part]
+        return linear(mixed, f"{prefix}.proj")
+
+    def mlp(z, prefix):
+        hidden = linear(z, f"{prefix}.fc1")
+        return linear(0.5 * hidden * (1 + erf(hidden / math.sqrt(2))), f"{prefix}.fc2")
+
+    out = np.empty_like(x)
+    for image in range(n):
+        tokens = [w["time_embedding.weight"][t[image]]]
+        if labels is not None:
+            tokens.append(w["class_embedding.weight"][labels[image]])
+        first = len(tokens)
+        corners = [(row, col) for row in range(0, side, patch) for col in range(0, side, patch)]
+        for row, col in corners:
+            pixels = x[image, :, row : row + patch, col : col + patch]
+            kernel = w["patch_embed.proj.weight"]
+            tokens.append((kernel * pixels).sum((1, 2, 3)) + w["patch_embed.proj.bias"])
+        z = np.stack(tokens) + w["pos_embed"][0]
+        for layer in range(depth):
+            z = z + attention(norm(z, f"blocks.{layer}.norm1"), f"blocks.{layer}.attn")
+            z = z + mlp(norm(z, f"blocks.{layer}.norm2"), f"blocks.{layer}.mlp")
+        for (row, col), token in zip(corners, z[first:], strict=True):
+            pixels = linear(token, "linear_projection").reshape(patch, patch, channels)
+            out[image, :, row : row + patch, col : col + patch] = pixels.transpose(2, 0, 1)
+    return out
+
+
+@pytest.mark.parametrize(
+    "classes, changes",
+    [(5, {}), (0, {}), (5, {"patch": 4, "heads": 2}), (6, {"null_class": False}), (5, {"mlp_ratio": 1.5})],
+)
+def test_equals_a_plain_float64_computation(classes, changes):
+    net = scrambled(classes, **changes)
+    x, t, labels = inputs()
+    labels = labels if classes else None
+    expected = numpy_vit(
+        net, x.numpy(), [0, 19, 7, 7], labels.tolist() if classes else None, changes.get("heads", TINY.heads)
+    )
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(net(x, t, labels).detach().numpy(), expected, rtol=0, atol=1e-11)
+
+
+def test_float32_stays_close_to_float64():
+    x, t, labels = inputs()
+    exact = scrambled()(x, t, labels)
+    single = scrambled(dtype=torch.float32)(x.float(), t, labels)
+    assert single.dtype == torch.float32
+    assert (single - exact).abs().max() < 2e-6 * exact.abs().max()
+
+
+@given(
+    patch=st.integers(1, 5),
+    side=st.integers(1, 4),
+    channels=st.integers(1, 4),
+    n=st.integers(1, 3),
+)
+@settings(max_examples=30, deadline=None)
+def test_unpatchify_inverts_cutting_into_patches(patch, side, channels, n):
+    size = patch * side
+    image = torch.arange(float(n * channels * size * size)).view(n, channels, size, size)
+    # F.unfold gives (channels, p, p) per patch; the network's output is (p, p, channels).
+    patches = F.unfold(image, patch, stride=patch).view(n, channels, patch, patch, side * side)
+    tokens = patches.permute(0, 4, 2, 3, 1).reshape(n, side * side, patch * patch * channels)
+    assert torch.equal(unpatchify(tokens, patch, size), image)
+
+
+# Time and class
+
+
+def test_a_timestep_means_its_nearest_row():
+    net = scrambled()
+    x, t, labels = inputs()
+    assert torch.equal(net(x, t + 0.4, labels)[:1], net(x, t, labels)[:1])
+    shifted = t + torch.tensor([0.6, -0.6, 0.0, 0.0])
+    assert torch.equal(net(x, shifted, labels), net(x, torch.tensor([1.0, 18.0, 7.0, 7.0]), labels))
+    assert not torch.allclose(net(x, shifted, labels)[:2], net(x, t, labels)[:2])
+
+
+def test_no_labels_is_the_null_class_for_all():
+    net = scrambled(classes=5)
+    x, t, _ = inputs()
+    null = net(x, t, torch.full((4,), 5))
+    assert torch.equal(net(x, t, None), null)
+    assert net.class_embedding.num_embeddings == 6
+    assert not torch.allclose(net(x, t, torch.full((4,), 4)), null)
+
+
+def test_unconditional_tokens_are_time_and_patches():
+    net = scrambled(classes=0)
+    assert net.class_embedding is None
+    assert net.pos_embed.shape == (1, 1 + 16, TINY.width)
+    assert scrambled(classes=5).pos_embed.shape == (1, 2 + 16, TINY.width)
+
+
+def test_images_of_a_batch_do_not_mix():
+    net = scrambled()
+    x, t, labels = inputs()
+    torch.testing.assert_close(net(x, t, labels)[2:3], net(x[2:3], t[2:3], labels[2:3]), rtol=0, atol=1e-12)
+
+
+# Start and gradients
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = config.ViT(patch=4, width=256, depth=4, heads=4)
+    net = ViT(model, resolution=32, in_channels=3, classes=100)
+
+    def assert_normal(weight, std):
+        """Mean and standard deviation as those of a normal sample, to five standard errors."""
+        error = std / math.sqrt(weight.numel())
+        assert abs(weight.mean().item()) < 5 * error
+        assert abs(weight.std().item() - std) < 5 * error / math.sqrt(2)
+
+    for layer, block in enumerate(net.blocks, start=1):
+        assert_normal(block.attn.qkv.weight, 0.02)
+        assert_normal(block.mlp.fc1.weight, 0.02)
+        assert_normal(block.attn.proj.weight, 0.02 / math.sqrt(2 * layer))
+        assert_normal(block.mlp.fc2.weight, 0.02 / math.sqrt(2 * layer))
+        for norm in (block.norm1, block.norm2):
+            assert (norm.weight == 1).all() and (norm.bias == 0).all() and norm.eps == 1e-6
+        for zero in (block.attn.q_bias, block.attn.v_bias, block.attn.proj.bias, block.mlp.fc1.bias):
+            assert (zero == 0).all()
+        assert (block.mlp.fc2.bias == 0).all()
+    assert_normal(net.pos_embed, 0.02)
+    assert_normal(net.linear_projection.weight, 0.001 * 0.02)
+    assert (net.linear_projection.bias == 0).all()
+    assert_normal(net.time_embedding.weight, 1.0)
+    assert_normal(net.class_embedding.weight, 1.0)
+    out = net(torch.randn(2, 3, 32, 32), torch.tensor([3.0, 900.0]), torch.tensor([1, 100]))
+    assert 0 < out.abs().max() < 0.01
+
+
+def test_gradients_reach_every_parameter_and_only_the_rows_looked_up():
+    torch.manual_seed(0)
+    net = ViT(TINY, resolution=8, in_channels=3, classes=5)
+    x, t, labels = inputs(dtype=torch.float32)
+    net(x, t, labels).square().sum().backward()
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+    used = net.time_embedding.weight.grad.abs().amax(1).nonzero().flatten().tolist()
+    assert used == [0, 7, 19]
+    assert net.class_embedding.weight.grad.abs().amax(1).nonzero().flatten().tolist() == [0, 2, 4, 5]
+
+
+# Precision and compilation
+
+
+class DtypesSeen(TorchDispatchMode):
+    """Records, in order, the dtype in which norms, convolutions, matrix products and GELU are computed."""
+
+    operators: ClassVar = {
+        "native_layer_norm": ("norm", 0),
+        "convolution": ("convolution", 0),
+        "mm": ("product", 0),
+        "bmm": ("product", 0),
+        "addmm": ("product", 1),
+        "gelu": ("gelu", 0),
+    }
+
+    def __init__(self):
+        super().__init__()
+        self.seen = {"norm": [], "convolution": [], "product": [], "gelu": []}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in self.operators:
+            kind, argument = self.operators[name]
+            self.seen[kind].append(args[argument].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_autocast_norms_and_pixels_are_float32_and_the_blocks_bfloat16():
+    net = scrambled(dtype=torch.float32)
+    x, t, labels = inputs(dtype=torch.float32)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), DtypesSeen() as calls:
+        out = net(x, t, labels)
+    assert out.dtype == torch.float32
+    assert calls.seen["norm"] == [torch.float32] * 2 * TINY.depth
+    assert calls.seen["convolution"] == [torch.float32]
+    assert calls.seen["product"] == [torch.bfloat16] * 4 * TINY.depth + [torch.float32]
+    exact = scrambled()(*inputs())
+    assert 1e-5 < (out - exact).abs().max() / exact.abs().max() < 0.05
+
+
+def test_norms_are_float32_in_a_bfloat16_network_too():
+    net = scrambled(dtype=torch.bfloat16)
+    x, t, labels = inputs(dtype=torch.bfloat16)
+    with torch.no_grad(), DtypesSeen() as calls:
+        assert net(x, t, labels).dtype == torch.bfloat16
+    assert calls.seen["norm"] == [torch.float32] * 2 * TINY.depth
+    assert calls.seen["gelu"] == [torch.bfloat16] * TINY.depth
+
+
+@pytest.mark.parametrize("with_labels", [True, False])
+def test_compiles_to_one_graph(with_labels):
+    net = scrambled()
+    x, t, labels = inputs()
+    labels = labels if with_labels else None
+    jaxtyping.config.update("jaxtyping_disable", True)  # its checks, installed for the tests, break graphs
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")  # a graph break raises
+    try:
+        out = compiled(x, t, labels)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    torch.testing.assert_close(out, net(x, t, labels), rtol=0, atol=1e-12)
+
+
+def test_runs_on_meta_for_counting():
+    with torch.device("meta"):
+        net = ViT(TINY, resolution=8, in_channels=3, classes=5)
+        out = net(torch.empty(2, 3, 8, 8), torch.empty(2), torch.empty(2, dtype=torch.long))
+    assert out.shape == (2, 3, 8, 8)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    "changes, resolution, message",
+    [
+        ({"patch": 3}, 64, "patch 3 cannot cover images of side 64"),
+        ({"patch": 0}, 64, "patch 0 cannot cover images of side 64"),
+        ({"width": 512, "heads": 6}, 64, "width 512 cannot be split into 6 heads.*such as 4 or 8"),
+        ({"width": 7, "heads": 6}, 64, "width 7 cannot be split into 6 heads.*such as 7"),
+        ({"heads": 0}, 64, "cannot be split into 0 heads"),
+    ],
+)
+def test_sizes_that_do_not_fit(changes, resolution, message):
+    with pytest.raises(ReproError, match=message):
+        ViT(dataclasses.replace(TINY, **changes), resolution, in_channels=3, classes=0)
+
+
+def test_labels_it_cannot_take():
+    x, t, labels = inputs()
+    with pytest.raises(ReproError, match="unconditional .classes = 0.: call it with labels = None"):
+        scrambled(classes=0)(x, t, labels)
+    with pytest.raises(ReproError, match="5 classes and no null class: pass labels"):
+        scrambled(classes=5, null_class=False)(x, t, None)
+    with pytest.raises(ReproError, match="label lies outside .* 0 to 4"):
+        scrambled(classes=5, null_class=False)(x, t, labels)  # 5 would be the null class
+    with pytest.raises(ReproError, match="label lies outside .* 0 to 5"):
+        scrambled(classes=5)(x, t, labels + 1)
+
+
+@pytest.mark.parametrize("timestep", [20.0, 19.6, -1.0, float("nan"), float("inf")])
+def test_timesteps_outside_the_table(timestep):
+    x, t, labels = inputs()
+    t[1] = timestep
+    with pytest.raises(ReproError, match="timestep lies outside .* 0 to 19"):
+        scrambled()(x, t, labels)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 16, 16), (4, 1, 8, 8), (4, 3, 8, 4)])
+def test_images_of_another_size(shape):
+    _, t, labels = inputs()
+    size = " x ".join(map(str, shape[1:]))
+    with pytest.raises(ReproError, match=f"takes images of 3 x 8 x 8 .* not {size}"):
+        scrambled()(torch.zeros(shape, dtype=torch.float64), t, labels)
