@@ -57,8 +57,8 @@ clean-env: ## Remove .venv, to start over (after an upgrade of python3, say)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "Python 3.11 or newer is needed, and $(PYTHON) is not. Name one: make PYTHON=python3.12"; exit 1; }
 	@echo "Making .venv with $$($(PYTHON) --version)"
-	@$(PYTHON) -m venv --clear .venv
-	@echo $(TORCH) > .venv/torch
+	@rm -rf .venv; mkdir .venv; echo $(TORCH) > .venv/torch
+	@$(PYTHON) -m venv .venv
 	@awk '/^[a-z]/ { keep = /^uv==/ } keep' requirements.lock > .venv/uv.lock
 	@.venv/bin/python -m pip install --quiet --require-hashes --no-deps -r .venv/uv.lock
 	@touch $@

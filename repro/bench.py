@@ -76,11 +76,10 @@ def median_seconds(work, repeats: int, warm_up: int = 3) -> float:
 
 def forward_flops(run: config.Config) -> float:
     """FLOPs of one forward pass of one image."""
-    with torch.device("meta"):
-        net = runs.build(run).net
-        size = run.data.resolution
-        with FlopCounterMode(display=False) as counter:
-            net(torch.zeros(1, run.data.channels, size, size), torch.zeros(1))
+    net = runs.build(run).net.to("meta")
+    size = run.data.resolution
+    with FlopCounterMode(display=False) as counter:
+        net(torch.zeros(1, run.data.channels, size, size, device="meta"), torch.zeros(1, device="meta"))
     return float(counter.get_total_flops())
 
 

@@ -389,7 +389,12 @@ def _prepare_part(part: _Part, root: Path, on_corrupt: str, workers: int, overwr
                 raise
             if final.exists():
                 final.rename(old)
-            partial.rename(final)
+            try:
+                partial.rename(final)
+            except OSError:
+                if old.exists():
+                    old.rename(final)
+                raise
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ReproError(

@@ -207,8 +207,8 @@ def _execute(output: Output, parameters: dict, home: Path, build: Path) -> tuple
         problem = _run(output, work, home)
         seconds = time.monotonic() - began
         result = _load(work / "executed.ipynb")
-        if not problem and (skipped := _unfinished(result)) is not None:
-            problem = f"a cell left the notebook, and cell `{skipped}` was not run"
+        if not problem and (last := _unfinished(result)) is not None:
+            problem = f"cell `{last}` left the notebook before its end"
         made = sorted(path for path in (work / "out").rglob("*") if path.is_file())
         if not problem and not made:
             problem = "it saved no figure, table or value"

@@ -19,5 +19,7 @@ SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 def shared_data() -> Path:
     """The folder of real images beside the repository; tests that need it are skipped where it is not."""
     if not SHARED_DATA.is_dir():
-        pytest.skip("the real images are not here: this test needs a folder shared/data beside the repository")
+        pytest.skip(
+            "the real images are not here: this test needs a folder shared/data beside the repository"
+        )
     return SHARED_DATA

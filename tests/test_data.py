@@ -335,6 +335,22 @@ def test_killed_between_the_two_renames(tmp_path):
     assert contents(root / "celeba64") == before and not (root / ".celeba64.old").exists()
 
 
+def test_a_rename_that_fails_while_it_replaces(tmp_path, monkeypatch):
+    root, rename = tmp_path / "out", Path.rename
+    data.prepare("celeba64", faces(tmp_path / "faces", 3), root)
+    before = contents(root / "celeba64")
+
+    def fail_for_the_new_one(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError("no more names")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    with pytest.raises(ReproError, match="no more names. Nothing was changed"):
+        data.prepare("celeba64", faces(tmp_path / "others", 4), root, overwrite=True)
+    assert contents(root / "celeba64") == before
+
+
 def test_again_from_the_same_source_does_nothing(tmp_path, capsys):
     source, root = faces(tmp_path / "faces", 4), tmp_path / "out"
     first = data.prepare("celeba64", source, root)

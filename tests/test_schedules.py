@@ -56,10 +56,10 @@ def test_cosine_from_its_betas(steps):
 
 def test_cosine_is_its_closed_form_where_beta_is_not_clipped():
     """Without clipping alpha_bar = f(t) / f(0), so sigma^2 = f(0) / f(t) - 1."""
-    f = np.cos((np.arange(1000) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2  # t = 0 .. 999, below the clipped one
-    np.testing.assert_allclose(
-        schedules.cosine_vp().sigmas[:-1] ** 2, f[0] / f[1:] - 1, rtol=1e-9
-    )
+    f = (
+        np.cos((np.arange(1000) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    )  # t = 0 .. 999, below the clipped one
+    np.testing.assert_allclose(schedules.cosine_vp().sigmas[:-1] ** 2, f[0] / f[1:] - 1, rtol=1e-9)
     assert schedules.cosine_vp().sigmas[-1] ** 2 == pytest.approx((f[0] / f[-1]) / 0.001 - 1, rel=1e-9)
 
 
@@ -206,7 +206,9 @@ def test_karras_grid_descends_from_sigma_max_to_sigma_min_to_0(low, ratio, steps
     assert (grid.diff() < 0).all()
 
 
-@pytest.mark.parametrize("low, high, steps", [(0.002, 80.0, 1), (0.0, 80.0, 5), (-1.0, 80.0, 5), (2.0, 1.0, 5)])
+@pytest.mark.parametrize(
+    "low, high, steps", [(0.002, 80.0, 1), (0.0, 80.0, 5), (-1.0, 80.0, 5), (2.0, 1.0, 5)]
+)
 def test_a_grid_that_cannot_be_is_refused(low, high, steps):
     with pytest.raises(ValueError, match="need steps >= 2"):
         schedules.karras_grid(low, high, steps)
@@ -215,7 +217,9 @@ def test_a_grid_that_cannot_be_is_refused(low, high, steps):
 def test_grid_for_edm_is_the_plain_grid_within_what_is_asked():
     plain = schedules.grid_for(schedules.EDM(), config.Sample(steps=18))
     assert torch.equal(plain, schedules.karras_grid(0.002, 80.0, 18))
-    narrow = schedules.grid_for(schedules.EDM(), config.Sample(steps=9, sigma_min=0.1, sigma_max=7.0, rho=3.0))
+    narrow = schedules.grid_for(
+        schedules.EDM(), config.Sample(steps=9, sigma_min=0.1, sigma_max=7.0, rho=3.0)
+    )
     assert torch.equal(narrow, schedules.karras_grid(0.1, 7.0, 9, 3.0))
 
 

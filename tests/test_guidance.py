@@ -1,0 +1,108 @@
+"""Guidance against its closed formula, on labelled data whose denoisers are exact; calls are counted."""
+
+import pytest
+import torch
+from exact import ExactNet, Mixture
+
+from repro import denoiser, guidance, samplers, schedules
+
+DATA = Mixture()
+NULL = DATA.null_label
+
+
+def f64(values) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labelled() -> denoiser.Denoiser:
+    return denoiser.Denoiser(ExactNet(DATA, "v"), schedules.EDM(), denoiser.V)
+
+
+X, LABELS = normal(0, 4, 2, 3, 3), torch.tensor([0, 2, 1, 0])
+
+
+def test_scale_1_is_off_and_costs_one_call():
+    D = labelled()
+    guided = guidance.cfg(D, 1.0, NULL)
+    assert torch.equal(guided(X, f64(0.5), LABELS), D(X, f64(0.5), LABELS))
+    assert D.net.calls == [4, 4]  # ours and the one compared with: never a doubled batch
+
+
+def test_scale_1_needs_neither_null_class_nor_labels():
+    D = labelled()
+    assert torch.equal(guidance.cfg(D, 1.0, None)(X, f64(0.5), None), D(X, f64(0.5), None))
+
+
+def test_scale_0_is_the_unconditional_denoiser():
+    D = labelled()
+    found = guidance.cfg(D, 0.0, NULL)(X, f64(0.5), LABELS)
+    torch.testing.assert_close(found, D(X, f64(0.5), torch.full((4,), NULL)), rtol=0, atol=0)
+    torch.testing.assert_close(found, DATA.denoise(X, f64(0.5)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.5, 1.5, 4.0])
+@pytest.mark.parametrize("sigma", [0.1, 0.8, 12.0])
+def test_any_scale_extrapolates_from_the_unconditional_through_the_conditional(scale, sigma):
+    D = labelled()
+    found = guidance.cfg(D, scale, NULL)(X, f64(sigma), LABELS)
+    conditional, whole = DATA.denoise(X, f64(sigma), LABELS), DATA.denoise(X, f64(sigma))
+    torch.testing.assert_close(found, (1 - scale) * whole + scale * conditional, rtol=1e-3, atol=1e-4 * sigma)
+    assert D.net.calls == [8]  # both halves in one call
+
+
+def test_each_image_keeps_its_own_sigma_and_label():
+    sigma = f64([0.1, 0.5, 2.0, 9.0])
+    found = guidance.cfg(labelled(), 3.0, NULL)(X, sigma, LABELS)
+    alone = [guidance.cfg(labelled(), 3.0, NULL)(X[i : i + 1], sigma[i], LABELS[i : i + 1]) for i in range(4)]
+    torch.testing.assert_close(found, torch.cat(alone), rtol=1e-12, atol=1e-12)
+
+
+def test_guidance_without_null_class_or_labels_is_refused():
+    with pytest.raises(ValueError, match="guidance 1.5 needs a network with classes and a null class"):
+        guidance.cfg(labelled(), 1.5, None)
+    with pytest.raises(ValueError, match="guidance 1.5 needs labels"):
+        guidance.cfg(labelled(), 1.5, NULL)(X, f64(0.5), None)
+
+
+# The limited interval
+
+
+@pytest.mark.parametrize(
+    "sigma, inside", [(0.1999, False), (0.2, True), (1.0, True), (5.0, True), (5.0001, False)]
+)
+def test_the_interval_holds_both_its_bounds(sigma, inside):
+    D = labelled()
+    both = guidance.cfg(D, 2.0, NULL)
+    found = guidance.interval(both, D, 0.2, 5.0)(X, f64(sigma), LABELS)
+    assert D.net.calls == [8 if inside else 4]
+    assert torch.equal(found, (both if inside else D)(X, f64(sigma), LABELS))
+
+
+def test_the_interval_saves_the_second_half_of_the_batch_outside():
+    """Six steps of Euler at 32, 16, 8, 4, 2, 1, guided from 2 to 8."""
+    D = labelled()
+    limited = guidance.interval(guidance.cfg(D, 2.0, NULL), D, 2.0, 8.0)
+    samplers.ancestral(
+        lambda x, sigma: limited(x, sigma, LABELS), 32 * X, f64([32.0, 16.0, 8.0, 4.0, 2.0, 1.0, 0.0])
+    )
+    assert D.net.calls == [4, 4, 8, 8, 8, 4]
+
+
+@pytest.mark.parametrize("low, high", [(-1.0, 2.0), (3.0, 2.0)])
+def test_an_interval_that_cannot_be_is_refused(low, high):
+    with pytest.raises(ValueError, match="need 0 <= low <= high"):
+        guidance.interval(labelled(), labelled(), low, high)
+
+
+def test_samplers_never_know():
+    """Guided Heun follows the ODE of the guided denoiser: with scale 0 it ends where the unconditional one ends."""
+    D = labelled()
+    guided = guidance.cfg(D, 0.0, NULL)
+    sigmas = schedules.karras_grid(0.01, 10.0, 12)
+    with_labels = samplers.heun(lambda x, s: guided(x, s, LABELS), 10 * X, sigmas)
+    without = samplers.heun(lambda x, s: D(x, s, None), 10 * X, sigmas)
+    torch.testing.assert_close(with_labels, without, rtol=1e-9, atol=1e-9)

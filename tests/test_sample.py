@@ -1,0 +1,267 @@
+"""From seeds to images: what a seed's image depends on, and what it does not."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from exact import ExactNet, Gaussian, Mixture
+from scipy import stats
+
+from repro import config, denoiser, sample, schedules
+
+MIXTURE = Mixture()
+RUN = config.Config(
+    name="test/mixture",
+    data=config.Data("none", resolution=4, channels=2, classes=3),
+    model=config.UNet(),
+    train=config.Train(images=1),
+    parameterization="v",
+    sample=config.Sample(steps=6),
+)
+UNLABELLED = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, classes=0))
+
+
+def with_sample(run: config.Config, **changes) -> config.Config:
+    return dataclasses.replace(run, sample=dataclasses.replace(run.sample, **changes))
+
+
+def exact(data=MIXTURE) -> denoiser.Denoiser:
+    schedule = schedules.cosine_vp()
+    return denoiser.Denoiser(ExactNet(data, "v", schedule.sigmas), schedule, denoiser.V)
+
+
+def images_of(seeds, batch=4, run=RUN, D=None, **options) -> torch.Tensor:
+    return torch.cat(list(sample.generate(D or exact(), run, seeds, batch, "cpu", **options)))
+
+
+# Noise
+
+
+def test_noise_of_a_seed_does_not_depend_on_its_neighbours():
+    together = sample.SeedNoise([5, 0, 9], (2, 4, 4))
+    first, second = together(), together()
+    for i, seed in enumerate([5, 0, 9]):
+        alone = sample.SeedNoise([seed], (2, 4, 4))
+        assert torch.equal(alone()[0], first[i])
+        assert torch.equal(alone()[0], second[i])
+    assert first.shape == (3, 2, 4, 4) and first.dtype == torch.float32
+    assert not torch.equal(first, second)
+
+
+def test_noise_is_standard_normal_within_an_image_and_across_seeds():
+    noise = sample.SeedNoise(range(4000), (1, 4, 4))()
+    assert stats.kstest(noise[:250].flatten().numpy(), "norm").pvalue > 0.01
+    for pixel in (noise[:, 0, 0, 0], noise[:, 0, 3, 3]):
+        assert stats.kstest(pixel.numpy(), "norm").pvalue > 0.01
+        neighbours = np.corrcoef(pixel[:-1], pixel[1:])[0, 1]
+        assert abs(neighbours) < 4 / math.sqrt(4000)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**32, 2**63])
+def test_seeds_that_would_repeat_anothers_noise_are_refused(seed):
+    """torch's CPU generator looks at 32 bits only: 2**32 would be seed 0 again."""
+    with pytest.raises(ValueError, match=r"must lie in \[0, 2\*\*31\)"):
+        sample.SeedNoise([0, seed], (1, 2, 2))
+    with pytest.raises(ValueError, match=r"must lie in \[0, 2\*\*31\)"):
+        sample.labels_for([0, seed], 10)
+
+
+def test_the_first_and_last_seed_give_their_own_noise():
+    a, b = sample.SeedNoise([0, 2**31 - 1], (1, 4, 4))()
+    assert not torch.equal(a, b)
+
+
+# Labels
+
+
+@pytest.mark.parametrize("classes", [1, 3, 1000])
+def test_labels_are_uniform_and_in_range(classes):
+    labels = sample.labels_for(range(30_000), classes)
+    assert labels.dtype == torch.int64 and labels.min() >= 0 and labels.max() < classes
+    if classes > 1:
+        assert stats.chisquare(torch.bincount(labels, minlength=classes).numpy()).pvalue > 1e-3
+
+
+def test_a_label_is_the_same_whatever_the_other_seeds():
+    assert sample.labels_for([7, 3, 100], 10).tolist() == [
+        int(sample.labels_for([s], 10)[0]) for s in (7, 3, 100)
+    ]
+    assert sample.labels_for([], 10).dtype == torch.int64
+
+
+def test_labels_and_noise_of_one_seed_are_independent():
+    """The generators differ, and neither the first pixel nor the mean of an image tells its label."""
+    seeds = range(4000)
+    noise, labels = sample.SeedNoise(seeds, (1, 4, 4))(), sample.labels_for(seeds, 4).numpy()
+    for seed in (0, 1, 12345):
+        own = sample.SeedNoise([seed], (16,))()[0]
+        of_label = torch.randn(16, generator=torch.Generator().manual_seed(sample.LABEL_SEEDS + seed))
+        assert not torch.equal(own, of_label)
+    for number in (*noise.flatten(1).T[:4], noise.mean((1, 2, 3))):
+        groups = [number.numpy()[labels == label] for label in range(4)]
+        assert stats.kruskal(*groups).pvalue > 1e-3
+
+
+def test_asking_for_labels_does_not_change_the_noise():
+    data = Gaussian()  # its denoiser does not look at labels
+    assert torch.equal(
+        images_of(range(3), run=RUN, D=exact(data)), images_of(range(3), run=UNLABELLED, D=exact(data))
+    )
+
+
+# Images
+
+
+SAMPLERS = {
+    "heun": {},
+    "heun with churn": {"churn": 2.0},
+    "ddim": {"sampler": "ancestral"},
+    "ancestral": {"sampler": "ancestral", "eta": 1.0},
+    "guided": {"guidance": 2.0},
+    "guided within an interval": {"guidance": 2.0, "guidance_interval": (0.1, 2.0)},
+}
+
+
+@pytest.mark.parametrize("options", SAMPLERS.values(), ids=SAMPLERS)
+def test_images_do_not_depend_on_batch_size_or_on_the_split_over_processes(options):
+    run, seeds = with_sample(RUN, **options), [3, 1, 4, 15, 9, 2, 6]
+    one_by_one = images_of(seeds, 1, run)
+    assert one_by_one.shape == (7, 2, 4, 4) and one_by_one.dtype == torch.uint8
+    for batch in (3, 7, 16):
+        assert torch.equal(images_of(seeds, batch, run), one_by_one)
+    halves = images_of(seeds[0::2], 3, run), images_of(seeds[1::2], 2, run)
+    assert torch.equal(halves[0], one_by_one[0::2]) and torch.equal(halves[1], one_by_one[1::2])
+    assert len({image.numpy().tobytes() for image in one_by_one}) == 7
+
+
+def test_every_batch_has_the_same_size_and_the_filling_is_cut_off():
+    D = exact()
+    batches = list(sample.generate(D, RUN, range(10, 17), 3, "cpu"))
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert set(D.net.calls) == {3}
+    assert list(sample.generate(D, RUN, [], 3, "cpu")) == []
+
+
+def test_given_labels_are_used_in_the_order_of_the_seeds():
+    """Each class of this data has a mean of its own, and the images show it."""
+    labels = torch.tensor([0, 2, 0, 2, 0, 2, 0])
+    images = sample.from_uint8(images_of(range(7), 3, with_sample(RUN, steps=20), labels=labels))
+    assert (images.mean((1, 2, 3)) > 0.1).int().tolist() == [0, 1, 0, 1, 0, 1, 0]
+
+
+def test_labels_by_default_are_those_of_the_seeds():
+    own = images_of(range(20, 27), 3)
+    assert torch.equal(own, images_of(range(20, 27), 3, labels=sample.labels_for(range(20, 27), 3)))
+    assert not torch.equal(own, images_of(range(20, 27), 3, labels=torch.zeros(7, dtype=torch.long)))
+
+
+def test_the_start_is_the_first_noise_of_the_seed_at_the_largest_sigma():
+    """Gaussian data: the image is the exact end of the path that starts there, to a grey level."""
+    data, D = Gaussian(), exact(Gaussian())
+    images = images_of([8, 5], 2, with_sample(UNLABELLED, steps=60), D)
+    largest = float(schedules.grid_for(D.schedule, RUN.sample)[0])
+    start = largest * sample.SeedNoise([8, 5], (2, 4, 4))().double()
+    wanted = data.flow(start, largest, 0.0).clamp(-1, 1) * 127.5 + 127.5
+    assert (images - wanted).abs().max() < 1
+
+
+def test_sample_batch_is_float64_while_the_network_sees_float32():
+    D = exact()
+    out = sample.sample_batch(D, RUN.sample, sample.SeedNoise([0, 1], (2, 4, 4)), torch.tensor([0, 1]))
+    assert out.dtype == torch.float64 and not out.requires_grad
+    assert D.net.dtypes == {torch.float32}
+
+
+def test_another_way_to_sample_can_be_asked_for():
+    other = config.Sample(sampler="ancestral", steps=9, eta=0.5)
+    assert torch.equal(
+        images_of(range(3), sample=other),
+        images_of(range(3), run=with_sample(RUN, sampler="ancestral", steps=9, eta=0.5)),
+    )
+    assert not torch.equal(images_of(range(3), sample=other), images_of(range(3)))
+
+
+@pytest.mark.parametrize(
+    "options, wanted",
+    [
+        ({}, 11 * [2]),
+        ({"sampler": "ancestral"}, 6 * [2]),
+        ({"guidance": 3.0}, 11 * [4]),
+        ({"guidance": 1.0, "guidance_interval": (0.0, 100.0)}, 11 * [2]),
+        # calls at 80, 2 x each of the four between and the smallest once more; guided is all below 1
+        ({"guidance": 3.0, "guidance_interval": (0.0, 1.0)}, None),
+    ],
+)
+def test_network_calls_and_their_sizes(options, wanted):
+    D, run = exact(), with_sample(RUN, **options)
+    images_of([0, 1], 2, run, D)
+    if wanted is None:
+        visited = schedules.grid_for(D.schedule, run.sample)[:-1].tolist()
+        visited = [visited[0]] + [s for s in visited[1:] for _ in range(2)]
+        wanted = [4 if s <= 1 else 2 for s in visited]
+        assert 2 in wanted and 4 in wanted
+    assert D.net.calls == wanted
+
+
+def test_guidance_finds_the_null_class_of_a_compiled_network():
+    class Compiled(torch.nn.Module):  # torch.compile keeps the network as _orig_mod
+        def __init__(self, net):
+            super().__init__()
+            self._orig_mod = net
+
+        def forward(self, *inputs):
+            return self._orig_mod(*inputs)
+
+    plain, compiled = exact(), exact()
+    compiled.net = Compiled(compiled.net)
+    run = with_sample(RUN, guidance=2.0)
+    assert torch.equal(images_of(range(2), run=run, D=plain), images_of(range(2), run=run, D=compiled))
+
+
+def test_guidance_of_an_unconditional_network_is_refused():
+    with pytest.raises(ValueError, match="guidance 2.0 needs a network with classes and a null class"):
+        images_of(range(2), run=with_sample(UNLABELLED, guidance=2.0), D=exact(Gaussian()))
+
+
+def test_unknown_precision_is_refused():
+    with pytest.raises(ValueError, match="unknown precision 'fp16'; known are fp32, bf16"):
+        images_of(range(2), precision="fp16")
+
+
+def test_bf16_reaches_the_networks_multiplications():
+    seen = set()
+
+    class Linear(torch.nn.Module):
+        classes, null_class = 0, False
+
+        def forward(self, x, t, labels):
+            out = x.flatten(1) @ torch.eye(x[0].numel())
+            seen.add(out.dtype)
+            return out.view_as(x)
+
+    for precision in ("fp32", "bf16"):
+        D = denoiser.Denoiser(Linear(), schedules.cosine_vp(), denoiser.EPS)
+        images_of(range(2), run=UNLABELLED, D=D, precision=precision)
+    assert seen == {torch.float32, torch.bfloat16}
+
+
+# Bytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_to_uint8_inverts_from_uint8(dtype):
+    every = torch.arange(256, dtype=torch.uint8)
+    images = sample.from_uint8(every)
+    assert images.dtype == torch.float32 and float(images[0]) == -1 and float(images[255]) == 1
+    np.testing.assert_allclose(images, np.linspace(-1, 1, 256), atol=1e-7)
+    assert torch.equal(sample.to_uint8(images.to(dtype)), every)
+
+
+def test_to_uint8_rounds_to_the_nearest_level_and_clips():
+    level = 1 / 127.5
+    images = torch.tensor(
+        [-1.5, -1 + 0.49 * level, -1 + 0.51 * level, 1 - 0.51 * level, 1 - 0.49 * level, 7.0]
+    )
+    assert sample.to_uint8(images).tolist() == [0, 0, 1, 254, 255, 255]

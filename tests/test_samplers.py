@@ -1,0 +1,290 @@
+"""Samplers against exact solutions: the path of the ODE where nothing is random, the variance where something is."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from exact import ExactNet, Gaussian, Mixture
+from scipy import stats
+
+from repro import denoiser, samplers, schedules
+
+START = 10.0
+GAUSSIAN, MIXTURE = Gaussian(), Mixture()
+
+
+def f64(values) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def normal(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def grid(steps: int, sigma_max: float = START) -> torch.Tensor:
+    """The last step, to 0, is always Euler's: sigma_min is so small that its error does not count."""
+    return schedules.karras_grid(1e-5, sigma_max, steps)
+
+
+def measured_order(steps: list[int], errors: list[float]) -> float:
+    """The slope of -ln(error) over ln(steps)."""
+    return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+class Recorder:
+    """An exact denoiser that keeps what it was asked."""
+
+    def __init__(self, data=GAUSSIAN):
+        self.data, self.asked = data, []
+
+    def __call__(self, x, sigma):
+        self.asked.append((x.clone(), float(sigma)))
+        return self.data.denoise(x, sigma)
+
+
+class Given:
+    """Fresh noise from a list made beforehand."""
+
+    def __init__(self, shape, count: int, seed: int = 0):
+        self.noises = list(normal(seed, count, *shape))
+        self.used = 0
+
+    def __call__(self):
+        self.used += 1
+        return self.noises[self.used - 1]
+
+
+DETERMINISTIC = {"heun": (samplers.heun, 2), "ancestral, eta 0": (samplers.ancestral, 1)}
+
+
+# The ODE
+
+
+@pytest.mark.parametrize("sampler, order", DETERMINISTIC.values(), ids=DETERMINISTIC)
+def test_order_of_convergence_on_gaussian_data(sampler, order):
+    x = START * normal(0, 4, 1, 3, 3)
+    exact = GAUSSIAN.flow(x, START, 0.0)
+    steps = [32, 64, 128, 256]
+    errors = [float((sampler(GAUSSIAN.denoise, x, grid(n)) - exact).abs().max()) for n in steps]
+    assert measured_order(steps, errors) == pytest.approx(order, abs=0.1)
+    assert errors[-1] < {1: 2e-2, 2: 2e-4}[order]
+
+
+@pytest.mark.parametrize("sampler, order", DETERMINISTIC.values(), ids=DETERMINISTIC)
+def test_order_of_convergence_on_a_mixture(sampler, order):
+    """Here the denoiser is not linear; the exact path follows from the quantiles."""
+    x = f64([-13.0, -6.0, -1.0, 0.5, 3.0, 9.0, 14.0]).view(7, 1, 1, 1)
+    exact = MIXTURE.flow(x, START, 0.0)
+    steps = [64, 128, 256, 512]
+    errors = [float((sampler(MIXTURE.denoise, x, grid(n)) - exact).abs().mean()) for n in steps]
+    assert measured_order(steps, errors) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("target", ["x0", "eps", "v", "edm"])
+@pytest.mark.parametrize("schedule", [schedules.cosine_vp(), schedules.linear_vp(), schedules.EDM()])
+def test_every_parameterization_and_schedule_ends_at_the_same_image(schedule, target):
+    """The whole chain: network, parameterization, rounded grid, Heun."""
+    net = ExactNet(GAUSSIAN, target, getattr(schedule, "sigmas", None))
+    D = denoiser.Denoiser(net, schedule, denoiser.parameterization(target))
+    sigmas = schedule.round(schedules.karras_grid(max(0.002, schedule.sigma_min), 80.0, 60)[:-1])
+    sigmas = torch.cat([sigmas, f64([0.0])])
+    x = float(sigmas[0]) * normal(1, 4, 1, 3, 3)
+    torch.testing.assert_close(
+        samplers.heun(D, x, sigmas), GAUSSIAN.flow(x, float(sigmas[0]), 0.0), rtol=0, atol=5e-3
+    )
+    assert net.dtypes == {torch.float32}
+
+
+def test_heun_is_exact_where_the_data_are_one_point():
+    """D is constant and every path a straight line to it."""
+    out = samplers.heun(lambda x, sigma: torch.full_like(x, 0.7), START * normal(2, 2, 1, 2, 2), grid(5))
+    torch.testing.assert_close(out, torch.full_like(out, 0.7), rtol=1e-12, atol=0)
+
+
+def test_ancestral_with_eta_0_is_ddim():
+    """Song et al. 2021, Eq. 12 with sigma_t = 0, in the VP frame: x_t = x / sqrt(1 + sigma^2)."""
+    recorder, sigmas = Recorder(), f64([9.0, 4.0, 1.5, 0.3, 0.0])
+    out = samplers.ancestral(recorder, 9 * normal(3, 2, 1, 2, 2), sigmas)
+    path = [x for x, _ in recorder.asked] + [out]
+    for i in range(4):
+        alpha_bar, before = (float(1 / (1 + s**2)) for s in (sigmas[i], sigmas[i + 1]))
+        x_t = path[i] * math.sqrt(alpha_bar)
+        x_0 = GAUSSIAN.denoise(path[i], sigmas[i])
+        eps = (x_t - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)
+        wanted = math.sqrt(before) * x_0 + math.sqrt(1 - before) * eps
+        torch.testing.assert_close(path[i + 1] * math.sqrt(before), wanted, rtol=1e-12, atol=1e-12)
+
+
+# Noise put back
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_ancestral_is_song_eq_12_and_at_eta_1_the_ddpm_posterior(eta):
+    recorder, sigmas, noise = Recorder(), f64([9.0, 4.0, 1.5, 0.3, 0.0]), Given((2, 1, 2, 2), 3)
+    samplers.ancestral(recorder, 9 * normal(4, 2, 1, 2, 2), sigmas, eta=eta, fresh_noise=noise)
+    assert noise.used == 3  # none in the step to 0
+    for i in range(3):
+        alpha_bar, before = (float(1 / (1 + s**2)) for s in (sigmas[i], sigmas[i + 1]))
+        beta = 1 - alpha_bar / before
+        x_t = recorder.asked[i][0] * math.sqrt(alpha_bar)
+        x_0 = GAUSSIAN.denoise(recorder.asked[i][0], sigmas[i])
+        eps = (x_t - math.sqrt(alpha_bar) * x_0) / math.sqrt(1 - alpha_bar)
+        std = eta * math.sqrt((1 - before) / (1 - alpha_bar)) * math.sqrt(beta)
+        mean = math.sqrt(before) * x_0 + math.sqrt(1 - before - std**2) * eps
+        found = recorder.asked[i + 1][0] * math.sqrt(before)
+        torch.testing.assert_close(found, mean + std * noise.noises[i], rtol=1e-12, atol=1e-12)
+        if eta == 1:  # Ho et al. 2020, Eq. 7
+            posterior = math.sqrt(before) * beta / (1 - alpha_bar) * x_0
+            posterior = posterior + math.sqrt(1 - beta) * (1 - before) / (1 - alpha_bar) * x_t
+            torch.testing.assert_close(mean, posterior, rtol=1e-10, atol=1e-12)
+
+
+def exact_variance(sampler, steps: int, sigma_max: float = START, **options) -> float:
+    """The variance of a sampler's output on Gaussian data, without drawing: the output is linear in its noises.
+
+    Image 0 starts one standard deviation from the mean; image k alone gets the k-th fresh noise, of size 1.
+    """
+    count = steps + 1
+    x = torch.full((count, 1, 1, 1), GAUSSIAN.mean, dtype=torch.float64)
+    x[0] += math.hypot(sigma_max, GAUSSIAN.std)
+    unit = iter(torch.eye(count, dtype=torch.float64)[1:].view(-1, count, 1, 1, 1))
+    out = sampler(GAUSSIAN.denoise, x, grid(steps, sigma_max), fresh_noise=lambda: next(unit), **options)
+    return float((out - GAUSSIAN.mean).square().sum())
+
+
+STOCHASTIC = {
+    "ancestral, eta 0.5": (samplers.ancestral, {"eta": 0.5}, 1),
+    "ancestral, eta 1": (samplers.ancestral, {"eta": 1.0}, 1),
+    "heun, churn 10": (samplers.heun, {"churn": 10.0}, 2),
+    "heun, churn within a range": (samplers.heun, {"churn": 20.0, "churn_range": (0.05, 5.0)}, 2),
+}
+
+
+@pytest.mark.parametrize("sampler, options, order", STOCHASTIC.values(), ids=STOCHASTIC)
+def test_stochastic_samplers_converge_to_the_variance_of_the_data(sampler, options, order):
+    steps = [128, 256, 512]
+    errors = [abs(exact_variance(sampler, n, **options) / GAUSSIAN.std**2 - 1) for n in steps]
+    assert measured_order(steps, errors) > order - 0.2
+    assert errors[-1] < {1: 5e-2, 2: 2e-3}[order]
+
+
+@pytest.mark.parametrize("sampler, options, order", STOCHASTIC.values(), ids=STOCHASTIC)
+def test_stochastic_samplers_draw_from_the_data_distribution(sampler, options, order):
+    """20,000 images of one pixel each, from pure noise at sigma = 80, with a mean and variance of their own."""
+    shape, seeds = (20_000, 1, 1, 1), iter(range(100, 1000))
+    x, steps = 80 * normal(99, *shape), 150
+    out = sampler(
+        GAUSSIAN.denoise, x, grid(steps, 80.0), fresh_noise=lambda: normal(next(seeds), *shape), **options
+    )
+    std = math.sqrt(exact_variance(sampler, steps, 80.0, **options))
+    assert std == pytest.approx(GAUSSIAN.std, rel=0.1 if order == 1 else 0.01)
+    pixels = out.flatten().numpy()
+    assert pixels.mean() == pytest.approx(GAUSSIAN.mean, abs=4 * GAUSSIAN.std / math.sqrt(len(pixels)))
+    assert pixels.var() == pytest.approx(std**2, rel=4 * math.sqrt(2 / len(pixels)))
+    assert stats.kstest(pixels, stats.norm(GAUSSIAN.mean, std).cdf).pvalue > 0.01
+
+
+def test_churn_noise_scales_the_noise_added():
+    """Twice the added standard deviation is four times the added variance, in the first step already."""
+    sigmas = f64([5.0, 0.0])
+    ends = {}
+    for scale in (0.0, 1.0, 2.0):
+        recorder = Recorder()
+        samplers.heun(
+            recorder,
+            torch.zeros(1, 1, 1, 1),
+            sigmas,
+            churn=0.3,
+            churn_noise=scale,
+            fresh_noise=lambda: torch.ones(1, 1, 1, 1),
+        )
+        ((x, sigma_hat),) = recorder.asked
+        assert sigma_hat == pytest.approx(5 * 1.3)
+        ends[scale] = float(x)
+    assert ends[0.0] == 0
+    assert ends[1.0] == pytest.approx(math.sqrt((5 * 1.3) ** 2 - 5**2))
+    assert ends[2.0] == pytest.approx(2 * ends[1.0])
+
+
+@pytest.mark.parametrize("churn, gamma", [(1.0, 0.2), (50.0, math.sqrt(2) - 1)])
+def test_churn_raises_sigma_within_its_closed_range_only(churn, gamma):
+    """Karras et al. 2022, Algorithm 2: gamma = min(S_churn / N, sqrt(2) - 1)."""
+    recorder, noise = Recorder(), Given((1, 1, 1, 1), 5)
+    samplers.heun(
+        recorder,
+        torch.zeros(1, 1, 1, 1),
+        f64([16.0, 8.0, 4.0, 2.0, 1.0, 0.0]),
+        churn=churn,
+        churn_range=(2.0, 8.0),
+        fresh_noise=noise,
+    )
+    up = 1 + gamma
+    wanted = [16, 8, 8 * up, 4, 4 * up, 2, 2 * up, 1, 1]
+    assert [sigma for _, sigma in recorder.asked] == pytest.approx(wanted)
+    assert noise.used == 3
+
+
+def test_without_churn_or_eta_no_noise_is_drawn():
+    def never():
+        raise AssertionError("noise was drawn")
+
+    x = START * normal(5, 1, 1, 2, 2)
+    samplers.heun(GAUSSIAN.denoise, x, grid(4), fresh_noise=never)
+    samplers.ancestral(GAUSSIAN.denoise, x, grid(4), fresh_noise=never)
+
+
+# Calls, precision, input
+
+
+@pytest.mark.parametrize("steps", [2, 5, 18])
+def test_network_calls(steps):
+    x = START * normal(6, 2, 1, 2, 2)
+    for sampler, calls in ((samplers.heun, 2 * steps - 1), (samplers.ancestral, steps)):
+        recorder = Recorder()
+        sampler(recorder, x, grid(steps))
+        assert len(recorder.asked) == calls
+
+
+@pytest.mark.parametrize("sampler", [samplers.heun, samplers.ancestral])
+def test_the_state_is_float64_and_the_start_is_left_alone(sampler):
+    x = (START * normal(7, 2, 1, 2, 2)).float()
+    kept, recorder = x.clone(), Recorder()
+    out = sampler(recorder, x, grid(6).float())
+    assert out.dtype == torch.float64 and {x.dtype for x, _ in recorder.asked} == {torch.float64}
+    assert torch.equal(x, kept)
+
+
+@pytest.mark.parametrize("sampler", [samplers.heun, samplers.ancestral])
+def test_a_level_visited_twice_changes_nothing(sampler):
+    """Rounding to few trained levels can repeat one; no noise is to be added there."""
+    x, once, twice = (
+        4 * normal(8, 2, 1, 2, 2),
+        f64([4.0, 2.0, 1.0, 0.0]),
+        f64([4.0, 4.0, 2.0, 2.0, 2.0, 1.0, 0.0]),
+    )
+    torch.testing.assert_close(sampler(GAUSSIAN.denoise, x, twice), sampler(GAUSSIAN.denoise, x, once))
+    recorder = Recorder()
+    samplers.ancestral(recorder, x, f64([4.0, 4.0, 0.0]), eta=1.0, fresh_noise=lambda: torch.ones_like(x))
+    torch.testing.assert_close(recorder.asked[1][0], x)
+
+
+@pytest.mark.parametrize("sampler", [samplers.heun, samplers.ancestral])
+@pytest.mark.parametrize("bad", [[2.0, 1.0], [1.0, 2.0, 0.0], [2.0, 0.0, 0.0], [0.0], [[2.0, 0.0]]])
+def test_a_grid_that_does_not_end_in_a_single_0_is_refused(sampler, bad):
+    # a grid of two dimensions is caught by the annotation already where those are checked
+    with pytest.raises(Exception, match="descend and end in a single 0|sigmas"):
+        sampler(GAUSSIAN.denoise, torch.zeros(1, 1, 1, 1), f64(bad))
+
+
+def test_noise_that_is_negative_too_much_or_missing_is_refused():
+    x = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="must not be negative, got -1"):
+        samplers.heun(GAUSSIAN.denoise, x, grid(3), churn=-1.0, fresh_noise=lambda: x)
+    with pytest.raises(ValueError, match="must not be negative, got -0.5"):
+        samplers.ancestral(GAUSSIAN.denoise, x, grid(3), eta=-0.5, fresh_noise=lambda: x)
+    with pytest.raises(ValueError, match=r"eta must lie in \[0, 1\], got 1.5"):
+        samplers.ancestral(GAUSSIAN.denoise, x, grid(3), eta=1.5, fresh_noise=lambda: x)
+    for sampler, option in ((samplers.heun, "churn"), (samplers.ancestral, "eta")):
+        with pytest.raises(ValueError, match="a stochastic sampler needs fresh_noise"):
+            sampler(GAUSSIAN.denoise, x, grid(3), **{option: 1.0})
