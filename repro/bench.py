@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,15 +33,25 @@ PROTOTYPE = config.UNet(
 
 _lab = presets.PRESETS["lab/celeba64-unet"].model
 
+
+@dataclass(frozen=True)
+class Variant:
+    """What is measured: a network, how its group norms are computed, images per step, CUDA graphs or not."""
+
+    model: config.UNet
+    norm: str = "moments"
+    batch: int = 256
+    cuda_graphs: bool = False
+    forward: bool = True
+    """Also time forward passes alone (which costs another compilation)."""
+
+
 VARIANTS = {
-    "prototype, plain group norm": (PROTOTYPE, "plain"),
-    "prototype": (PROTOTYPE, "moments"),
-    "lab, plain group norm": (_lab, "plain"),
-    "lab": (_lab, "moments"),
-    "lab 96-1222": (replace(_lab, channels=96, multipliers=(1, 2, 2, 2), head_channels=64), "moments"),
-    "lab 128-1112": (replace(_lab, channels=128, multipliers=(1, 1, 1, 2)), "moments"),
+    "prototype, plain group norm": Variant(PROTOTYPE, "plain", batch=512, forward=False),
+    "prototype": Variant(PROTOTYPE, batch=512, forward=False),
+    "lab": Variant(_lab),
+    "lab, CUDA graphs": Variant(_lab, cuda_graphs=True, forward=False),
 }
-"""Name -> network and how its group norms are computed."""
 
 
 class PlainGroupNorm(GroupNorm):
@@ -93,8 +103,8 @@ KINDS = {
 }
 
 
-def kernel_shares(work, steps: int = 3) -> tuple[dict[str, float], list[tuple[str, float]]]:
-    """Share of GPU time by kind of kernel, and the ten kernels that take most (name, milliseconds a step)."""
+def kernel_times(work, steps: int = 3) -> tuple[float, dict[str, float], list[tuple[str, float]]]:
+    """Milliseconds a step that the GPU is busy, shares of it by kind of kernel, and the largest kernels."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(steps):
             work()
@@ -109,19 +119,20 @@ def kernel_shares(work, steps: int = 3) -> tuple[dict[str, float], list[tuple[st
     for name, spent in times.items():
         kind = next((k for k in order if any(part in name.lower() for part in KINDS[k])), "other")
         shares[kind] += spent / total
-    top = sorted(times.items(), key=lambda item: -item[1])[:10]
-    return shares, [(name[:100], spent / steps / 1000) for name, spent in top]
+    top = sorted(times.items(), key=lambda item: -item[1])[:30]
+    return total / steps / 1000, shares, [(name[:120], round(spent / steps / 1000, 4)) for name, spent in top]
 
 
-def measure(name: str, batch: int, lock: Path) -> dict:
-    """Compile one variant, wait for its turn, and time it."""
-    network, norm = VARIANTS[name]
+def measure(name: str, folder: Path, others: int) -> dict:
+    """Compile one variant, wait until all `others` are compiled too and for its turn, and time it."""
+    variant = VARIANTS[name]
     lab = presets.PRESETS["lab/celeba64-unet"]
-    run = replace(lab, model=network, train=replace(lab.train, batch=batch))
+    batch = variant.batch
+    run = replace(lab, model=variant.model, train=replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs))
     torch.backends.cudnn.benchmark = True
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
-    if norm == "plain":
+    if variant.norm == "plain":
         for module in [*trainer.net.modules(), *trainer.ema.modules()]:
             if isinstance(module, GroupNorm):
                 module.__class__ = PlainGroupNorm
@@ -137,69 +148,78 @@ def measure(name: str, batch: int, lock: Path) -> dict:
         with torch.autocast("cuda", torch.bfloat16):
             trainer.ema_denoiser(y, torch.tensor(1.0), None)
 
-    began = time.perf_counter()
-    step()
-    torch.cuda.synchronize()
-    compile_train = time.perf_counter() - began
-    began = time.perf_counter()
-    forward()
-    torch.cuda.synchronize()
-    compile_forward = time.perf_counter() - began
+    seconds_to_compile = {}
+    for kind, work in {"train": step, **({"forward": forward} if variant.forward else {})}.items():
+        began = time.perf_counter()
+        for _ in range(3):  # CUDA graphs are captured in the second call
+            work()
+        torch.cuda.synchronize()
+        seconds_to_compile[kind] = round(time.perf_counter() - began, 1)
     flops = forward_flops(run)
-    with open(lock, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    (folder / f"{name}.ready").touch()
+    while len(list(folder.glob("*.ready"))) < others:
+        time.sleep(0.2)
+    with open(folder / "turn", "w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
         matmul = matmul_rate()
         seconds = median_seconds(step, 30, 10)
-        forward_seconds = median_seconds(forward, 30, 10)
-        print(f"{name}: {batch / seconds:,.0f} images/s trained, {batch / forward_seconds:,.0f} forward", flush=True)
-        shares, top = kernel_shares(step)
-    return {
-        "name": name,
-        "parameters": sum(p.numel() for p in trainer.net.parameters()),
-        "forward_gflop_per_image": flops / 1e9,
-        "batch": batch,
-        "train_images_per_second": batch / seconds,
-        "train_tflops": 3 * flops * batch / seconds / 1e12,
-        "forwards_per_second": batch / forward_seconds,
-        "forward_tflops": flops * batch / forward_seconds / 1e12,
-        "matmul_tflops": matmul / 1e12,
-        "train_share_of_matmul": 3 * flops * batch / seconds / matmul,
-        "forward_share_of_matmul": flops * batch / forward_seconds / matmul,
-        "compile_seconds": [round(compile_train, 1), round(compile_forward, 1)],
-        "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "step_time_shares": {kind: round(share, 4) for kind, share in shares.items()},
+        result = {
+            "name": name,
+            "parameters": sum(p.numel() for p in trainer.net.parameters()),
+            "forward_gflop_per_image": flops / 1e9,
+            "batch": batch,
+            "cuda_graphs": variant.cuda_graphs,
+            "matmul_tflops": matmul / 1e12,
+            "train_images_per_second": batch / seconds,
+            "train_tflops": 3 * flops * batch / seconds / 1e12,
+            "train_share_of_matmul": 3 * flops * batch / seconds / matmul,
+            "train_step_ms": seconds * 1000,
+            "compile_seconds": seconds_to_compile,
+            "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        }
+        if variant.forward:
+            seconds = median_seconds(forward, 30, 10)
+            result |= {
+                "forwards_per_second": batch / seconds,
+                "forward_tflops": flops * batch / seconds / 1e12,
+                "forward_share_of_matmul": flops * batch / seconds / matmul,
+            }
+        print(json.dumps(result), flush=True)
+        busy, shares, top = kernel_times(step)
+    return result | {
+        "gpu_busy_ms": busy,
+        "gpu_busy_shares": {kind: round(share, 4) for kind, share in shares.items()},
         "largest_kernels_ms": top,
     }
 
 
-def main(out: Path, variants: tuple[str, ...] = (), batch: int = 256, one: tuple[str, str] | None = None) -> None:
+def main(out: Path, variants: tuple[str, ...] = (), one: tuple[str, Path, int] | None = None) -> None:
     """Measure variants of the UNet at 64 x 64 and write a JSON file.
 
     Args:
         out: File to write.
         variants: Names of `VARIANTS`; by default all.
-        batch: Images per step.
-        one: Used by the program itself for the process of one variant: its name and the lock file.
+        one: Used by the program itself for the process of one variant: its name, a folder, their number.
     """
     if one:
-        files.write_json(out, measure(one[0], batch, Path(one[1])))
+        files.write_json(out, measure(*one))
         return
     with tempfile.TemporaryDirectory() as folder:
-        lock = Path(folder) / "lock"
-        results, workers = [], []
-        for number, name in enumerate(variants or tuple(VARIANTS)):
-            part = Path(folder) / f"{number}.json"
-            command = [sys.executable, "-m", "repro.bench", "--out", str(part), "--batch", str(batch)]
-            workers.append((part, subprocess.Popen([*command, "--one", name, str(lock)])))
-        for part, worker in workers:
-            if worker.wait() == 0:
-                results.append(json.loads(part.read_text()))
-        about = {"device": evaluate.device_name("cuda"), "versions": train.versions(), "code": files.sha256(__file__)}
-        files.write_json(out, {**about, "variants": results})
-        for result in results:
-            print(json.dumps(result))
-        if len(results) < len(workers):
-            raise SystemExit(f"{len(workers) - len(results)} variants failed; see above")
+        names, workers, results = variants or tuple(VARIANTS), [], []
+        for name in names:
+            part = Path(folder) / f"{name}.json"
+            command = [sys.executable, "-m", "repro.bench", "--out", str(part), "--one", name, folder]
+            workers.append((name, part, subprocess.Popen([*command, str(len(names))])))
+        while waiting := [worker for _, _, worker in workers if worker.poll() is None]:
+            for name, _, worker in workers:
+                if worker.poll():  # a failed one must not keep the others waiting
+                    (Path(folder) / f"{name}.ready").touch()
+            time.sleep(min(1.0, len(waiting)))
+        results = [json.loads(part.read_text()) for _, part, worker in workers if worker.returncode == 0]
+    about = {"device": evaluate.device_name("cuda"), "versions": train.versions(), "code": files.sha256(__file__)}
+    files.write_json(out, {**about, "variants": results})
+    if len(results) < len(workers):
+        raise SystemExit(f"{len(workers) - len(results)} of {len(workers)} variants failed; see above")
 
 
 if __name__ == "__main__":

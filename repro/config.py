@@ -162,6 +162,8 @@ class Train:
     """Probability of training an image with the null class."""
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
+    cuda_graphs: bool = False
+    """Replay the compiled step as CUDA graphs: worth it where launching kernels takes longer than they do."""
     state_every_images: int = 500_000
     """Images between two state files, from which a killed run resumes."""
     log_every_images: int = 25_600

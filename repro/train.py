@@ -33,7 +33,7 @@ from repro.files import ReproError
 
 STATE = "state.safetensors"
 
-MAY_CHANGE = ("train.images", "train.state_every_images", "train.log_every_images", "train.compile", "note")
+MAY_CHANGE = ("train.images", "train.state_every_images", "train.log_every_images", "train.compile", "train.cuda_graphs", "note")
 """Settings that a resumed run may have changed, besides everything under `evaluate` and `sample`."""
 
 
@@ -178,7 +178,8 @@ class Trainer:
         self.weight = weights.from_config(run.weight, self.denoiser.parameterization, run.sigma_data)
         self.step, self.seconds = 0, 0.0
 
-        net = torch.compile(self.net, dynamic=False) if run.train.compile else self.net
+        mode = "reduce-overhead" if run.train.cuda_graphs else "default"
+        net = torch.compile(self.net, dynamic=False, mode=mode) if run.train.compile else self.net
         if place.world > 1:
             device_ids = [place.device.index] if place.device.type == "cuda" else None
             net = DistributedDataParallel(net, device_ids=device_ids)
