@@ -1,20 +1,27 @@
-"""Command line: prepare · train · sample · evaluate · render · presets."""
+"""Command line: prepare, train, sample, evaluate, render, presets.
+
+`train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
+the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from repro.config import Config
+from repro import config
 from repro.files import ReproError
 from repro.presets import PRESETS, preset
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:N")]
+PROG = "python -m repro"
 
 
 def prepare(
@@ -22,6 +29,7 @@ def prepare(
     /,
     source: Annotated[list[Path], tyro.conf.arg(metavar="DIR_OR_TAR ...")],
     name: str | None = None,
+    split: str | None = None,
     root: Folder = None,
     on_corrupt: Literal["error", "skip"] = "error",
     overwrite: bool = False,
@@ -33,6 +41,7 @@ def prepare(
         dataset: How to prepare: celeba64 (unlabelled), or imagenet64 (class folders).
         source: Folder of images, or tar archives of one.
         name: Name of the result; by default that of the data set.
+        split: Prepare only this split of a source with train and val folders.
         root: Where data sets lie; by default $REPRO_DATA, else data/prepared.
         on_corrupt: Stop at files that cannot be read, or leave them out and list them in the manifest.
         overwrite: Replace a data set of this name that was made from another source.
@@ -41,118 +50,154 @@ def prepare(
     from repro import data
 
     data.prepare(
-        dataset, source, root=root, name=name, on_corrupt=on_corrupt, overwrite=overwrite, workers=workers
+        dataset,
+        source,
+        root,
+        name=name,
+        split=split,
+        on_corrupt=on_corrupt,
+        overwrite=overwrite,
+        workers=workers,
     )
 
 
-def sample(
-    run: tyro.conf.Positional[str],
-    /,
-    out: Path,
-    seeds: tuple[int, int] = (0, 64),
-    steps: int | None = None,
-    guidance: float | None = None,
-    batch: int = 64,
-    device: str | None = None,
-    precision: Literal["fp32", "bf16"] = "fp32",
-    runs_root: Folder = None,
-) -> None:
-    """Draw images from a recorded run, one PNG per seed.
+@dataclass
+class TrainOptions:
+    """Train a preset into a run folder; goes on by itself where it was stopped."""
 
-    Args:
-        run: Name of the recorded run, such as lab/celeba64-unet, or its folder.
-        out: Folder for <seed>.png.
-        seeds: First seed, and the one after the last.
-        steps: Noise levels visited; by default as recorded.
-        guidance: Classifier-free guidance scale; by default as recorded.
-        batch: Images at a time; does not change them.
-        device: cpu, cuda or cuda:N; by default the GPU if there is one.
-        precision: Of the network.
-        runs_root: Where recorded runs lie; by default $REPRO_RUNS, else paper/runs.
-    """
+    run: Annotated[config.Config, tyro.conf.arg(name="")]
+    out: Folder = None
+    """Run folder; by default runs/<preset>."""
+    data_root: Folder = None
+    """Where data sets lie; by default $REPRO_DATA, else data/prepared."""
+    device: Device = None
+    """By default the GPU if there is one."""
+
+
+def train(name: str, arguments: list[str]) -> None:
+    """Train a preset, or go on where it was stopped: train PRESET [--train.lr 1e-4 ...]."""
+    options = _parse("train", name, TrainOptions(run=preset(name)), arguments)
+    from repro.train import train as run_training
+
+    if options.data_root:
+        os.environ["REPRO_DATA"] = str(options.data_root)
+    folder = run_training(options.run, options.out or Path("runs") / name, options.device)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"recorded in {folder}")
+
+
+@dataclass
+class SampleOptions:
+    """Draw images from a recorded run, one PNG per seed, or the run's samples.png anew."""
+
+    sample: config.Sample
+    out: Path | None = None
+    """Folder for <seed>.png; by default samples/<run>."""
+    seeds: tuple[int, int] = (0, 64)
+    """First seed, and the one after the last."""
+    batch: int = 64
+    """Images at a time; does not change them."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    record: bool = False
+    """Draw the run's samples.png anew, and record it, instead of writing single images."""
+    device: Device = None
+    """By default the GPU if there is one."""
+
+
+def sample(name: str, arguments: list[str]) -> None:
+    """Draw images from a recorded run: sample RUN [--seeds 0 64 --sample.steps 30 ...]."""
     from PIL import Image
 
-    from repro import files, runs, train
+    from repro import files, runs
     from repro import sample as sampling
+    from repro import train as training
 
-    if seeds[1] <= seeds[0]:
-        raise ReproError(f"--seeds {seeds[0]} {seeds[1]} is empty: give the first seed and the one after the last")
-    recorded = runs.load_run(run, runs_root)
-    changes = {"steps": steps, "guidance": guidance}
-    how = replace(recorded.config.sample, **{key: value for key, value in changes.items() if value is not None})
-    place = train.find_place(device)
-    chosen = list(range(*seeds))[place.rank :: place.world]
+    recorded = runs.load_run(name)
+    options = _parse("sample", name, SampleOptions(sample=recorded.config.sample), arguments)
+    first, end = options.seeds
+    if end <= first:
+        raise ReproError(f"--seeds {first} {end} is empty: give the first seed and the one after the last")
+    place = training.find_place(options.device)
+    if options.record:
+        samples = recorded.record.samples
+        grid = (samples.rows, samples.cols) if samples else (8, 8)
+        training.record_samples(recorded.path, recorded.record, grid, place.device, options.sample)
+        print(f"recorded {recorded.path / 'samples.png'}")
+        return
+    out = options.out or Path("samples") / recorded.config.name
+    chosen = list(range(first, end))[place.rank :: place.world]
     denoiser = recorded.denoiser(place.device)
-    images = sampling.generate(denoiser, recorded.config, chosen, batch, place.device, precision, how)
     pending = iter(chosen)
-    for group in images:
-        for image in group.permute(0, 2, 3, 1).cpu().numpy():
+    for images in sampling.generate(
+        denoiser, recorded.config, chosen, options.batch, place.device, options.precision, options.sample
+    ):
+        for image in images.permute(0, 2, 3, 1).cpu().numpy():
             picture = Image.fromarray(image)
-            files.replace_atomic(out / f"{next(pending)}.png", lambda path, p=picture: p.save(path, format="PNG"))
+            path = out / f"{next(pending)}.png"
+            files.replace_atomic(path, lambda temporary, p=picture: p.save(temporary, format="PNG"))
     print(f"{len(chosen)} images in {out}")
 
 
-def evaluate(
-    run: tyro.conf.Positional[str],
-    /,
-    samples: int | None = None,
-    first_seed: int | None = None,
-    features: Literal["efficientnet_lite0", "inception"] | None = None,
-    steps: int | None = None,
-    batch: int = 500,
-    neighbours: bool = False,
-    record: bool = True,
-    device: str | None = None,
-    precision: Literal["fp32", "bf16"] = "bf16",
-    compile: bool = False,
-    runs_root: Folder = None,
-) -> None:
-    """Measure a recorded run and append the result to its metrics.jsonl.
+@dataclass
+class EvaluateOptions:
+    """Measure a recorded run and append the result to its metrics.jsonl."""
 
-    Args:
-        run: Name of the recorded run, such as lab/celeba64-unet, or its folder.
-        samples: How many images to draw; by default as recorded.
-        first_seed: First sample seed; by default as recorded.
-        features: Feature network; by default as recorded. A distance on Inception's is an FID.
-        steps: Noise levels visited; by default as recorded.
-        batch: Images at a time; does not change them.
-        neighbours: Also measure how close samples are to their nearest training images.
-        record: Append to metrics.jsonl; --no-record only prints.
-        device: cpu, cuda or cuda:N; by default the GPU if there is one.
-        precision: Of the network.
-        compile: Compile the network first (worth it from some thousand images on).
-        runs_root: Where recorded runs lie; by default $REPRO_RUNS, else paper/runs.
-    """
+    sample: config.Sample
+    evaluate: config.Evaluate
+    batch: int = 500
+    """Images at a time; does not change them."""
+    neighbours: bool = False
+    """Also measure how close samples are to their nearest training images (needs the data set)."""
+    record: bool = True
+    """Append to metrics.jsonl; --no-record only prints."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    compile: bool = False
+    """Compile the network first: worth it from some thousand images on a GPU."""
+    device: Device = None
+    """By default the GPU if there is one."""
+
+
+def evaluate(name: str, arguments: list[str]) -> None:
+    """Measure a recorded run: evaluate RUN [--evaluate.samples 10000 --sample.steps 30 ...]."""
     import torch
 
     from repro import evaluate as evaluation
-    from repro import files, runs, train
+    from repro import files, runs
+    from repro import train as training
 
-    recorded = runs.load_run(run, runs_root)
-    place = train.find_place(device)
+    recorded = runs.load_run(name)
+    default = EvaluateOptions(sample=recorded.config.sample, evaluate=recorded.config.evaluate)
+    options = _parse("evaluate", name, default, arguments)
+    place = training.find_place(options.device)
     denoiser = recorded.denoiser(place.device)
-    if compile:
+    if options.compile:
         denoiser.net = torch.compile(denoiser.net, dynamic=False)
-    how = recorded.config
-    if steps is not None:
-        how = replace(how, sample=replace(how.sample, steps=steps))
     lines = evaluation.evaluate(
-        denoiser, how, recorded.record.images, place.device, precision, batch, samples, first_seed, features, neighbours
+        denoiser,
+        replace(recorded.config, sample=options.sample, evaluate=options.evaluate),
+        recorded.record.data.fingerprint,
+        recorded.record.images,
+        place.device,
+        options.precision,
+        min(options.batch, options.evaluate.samples),
+        options.neighbours,
     )
     for line in lines if place.first else []:
-        print(f"{line['name']}: {line['value']:.4f} ({line['samples']:,} samples from seed {line['first_seed']})")
-        if record:
+        print(
+            f"{line['name']}: {line['value']:.4f}, {line['samples']:,} samples from seed {line['first_seed']}"
+        )
+        if options.record:
             files.append_line(recorded.path / "metrics.jsonl", line)
 
 
 def render(
     ids: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
-    param: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"], metavar="NAME=VALUE")] = (),
+    param: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["-p"], metavar="NAME=VALUE ...")] = (),
     force: bool = False,
     list: bool = False,
 ) -> None:
-    """Execute notebooks and so draw figures; what is up to date is left alone.
+    """Execute notebooks and so draw figures and tables; what is up to date is left alone.
 
     Args:
         ids: Outputs to render, such as fig9_celeba64_unet; with none, all.
@@ -172,67 +217,53 @@ def render(
 
 def presets() -> None:
     """List the runs that can be trained."""
-    for name, chosen in PRESETS.items():
-        weight = chosen.weight.name + (f" {chosen.weight.gamma:g}" if chosen.weight.gamma else "")
-        print(f"{name:24s} {chosen.data.name}, {chosen.model.kind}, {chosen.parameterization}, {weight}, "
-              f"{chosen.train.images / 1e6:g}M images. {chosen.note}")  # fmt: skip
+    for name, run in PRESETS.items():
+        weight = run.weight.name + (f" {run.weight.gamma:g}" if run.weight.gamma else "")
+        print(f"{name}\n    {run.data.name}, {run.model.kind}, {run.parameterization}, {weight}, "
+              f"{run.train.images / 1e6:g}M images. {run.note}")  # fmt: skip
 
 
-@dataclass
-class TrainOptions:
-    """Train a preset into a run folder; goes on by itself where it was stopped."""
-
-    run: Annotated[Config, tyro.conf.arg(name="")]
-    out: Folder = None
-    """Run folder; by default runs/<preset>."""
-    data_root: Folder = None
-    """Where data sets lie; by default $REPRO_DATA, else data/prepared."""
-    device: str | None = None
-    """cpu or cuda; by default the GPU if there is one."""
-
-
-def train() -> None:
-    """Train a preset, or go on where it was stopped: python -m repro train lab/celeba64-unet --help."""
-    print(f"usage: python -m repro train PRESET [--out DIR] [options]\n\nPresets: {', '.join(PRESETS)}")
-
-
-def train_preset(arguments: list[str]) -> None:
-    """`train PRESET ...`: the preset is named first, since the defaults of all options come from it."""
-    chosen = preset(arguments[0])
-    options = tyro.cli(
-        TrainOptions,
-        default=TrainOptions(run=chosen),
-        args=arguments[1:],
-        prog=f"python -m repro train {chosen.name}",
-        config=(tyro.conf.AvoidSubcommands,),
-    )
-    from repro.train import train as run_training
-
-    folder = run_training(
-        options.run, options.out or Path("runs") / chosen.name, options.data_root, options.device
-    )
-    if os.environ.get("RANK", "0") == "0":
-        print(f"recorded in {folder}")
-
-
-COMMANDS = {
-    "prepare": prepare,
-    "train": train,
-    "sample": sample,
-    "evaluate": evaluate,
-    "render": render,
-    "presets": presets,
+NAMED_FIRST: dict[str, tuple[Callable[[str, list[str]], None], str]] = {
+    "train": (train, "PRESET"),
+    "sample": (sample, "RUN"),
+    "evaluate": (evaluate, "RUN"),
 }
 
 
+def _parse(command: str, name: str, default: object, arguments: list[str]) -> object:
+    """Options of `command` with the defaults that belong to `name`."""
+    return tyro.cli(
+        type(default),
+        default=default,
+        args=arguments,
+        prog=f"{PROG} {command} {name}",
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def _usage(command: str) -> Callable[[], None]:
+    """The entry of a command in the list of commands: how to name what it works on."""
+    function, what = NAMED_FIRST[command]
+
+    def show() -> None:
+        print(f"usage: {PROG} {command} {what} [options]\n\n{function.__doc__}\n")
+        print(f"All options: {PROG} {command} {what} --help. Presets: {', '.join(PRESETS)}")
+
+    show.__doc__ = function.__doc__
+    return show
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; a mendable error is one line on standard error and status 1."""
+    """Run one command; an error that the user can mend is one line on standard error and status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        if arguments[:1] == ["train"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-            train_preset(arguments[1:])
+        if arguments[:1] and arguments[0] in NAMED_FIRST and len(arguments) > 1 and arguments[1][0] != "-":
+            NAMED_FIRST[arguments[0]][0](arguments[1], arguments[2:])
         else:
-            tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="python -m repro", args=arguments)
+            usages = {command: _usage(command) for command in NAMED_FIRST}
+            commands = {"prepare": prepare, **usages, "render": render, "presets": presets}
+            chosen = [arguments[0]] if arguments[:1] and arguments[0] in NAMED_FIRST else arguments
+            tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=chosen or ["--help"])
     except ReproError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

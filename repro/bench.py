@@ -75,7 +75,9 @@ def median_seconds(work, repeats: int, warm_up: int = 3) -> float:
     """Median seconds of `work()` on the GPU."""
     for _ in range(warm_up):
         work()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+    events = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
+    ]
     for start, end in events:
         start.record()
         work()
@@ -115,7 +117,14 @@ def kernel_times(work, steps: int = 3) -> tuple[float, dict[str, float], list[tu
             times[event.name] = times.get(event.name, 0.0) + event.device_time_total
     total = sum(times.values())
     shares = dict.fromkeys([*KINDS, "other"], 0.0)
-    order = ["attention", "norm and other reductions", "elementwise", "optimizer", "matrix product", "convolution"]
+    order = [
+        "attention",
+        "norm and other reductions",
+        "elementwise",
+        "optimizer",
+        "matrix product",
+        "convolution",
+    ]
     for name, spent in times.items():
         kind = next((k for k in order if any(part in name.lower() for part in KINDS[k])), "other")
         shares[kind] += spent / total
@@ -128,7 +137,9 @@ def measure(name: str, folder: Path, others: int) -> dict:
     variant = VARIANTS[name]
     lab = presets.PRESETS["lab/celeba64-unet"]
     batch = variant.batch
-    run = replace(lab, model=variant.model, train=replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs))
+    run = replace(
+        lab, model=variant.model, train=replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs)
+    )
     torch.backends.cudnn.benchmark = True
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
@@ -216,7 +227,11 @@ def main(out: Path, variants: tuple[str, ...] = (), one: tuple[str, Path, int] |
                     (Path(folder) / f"{name}.ready").touch()
             time.sleep(min(1.0, len(waiting)))
         results = [json.loads(part.read_text()) for _, part, worker in workers if worker.returncode == 0]
-    about = {"device": evaluate.device_name("cuda"), "versions": train.versions(), "code": files.sha256(__file__)}
+    about = {
+        "device": evaluate.device_name("cuda"),
+        "versions": train.versions(),
+        "code": files.sha256(__file__),
+    }
     files.write_json(out, {**about, "variants": results})
     if len(results) < len(workers):
         raise SystemExit(f"{len(workers) - len(results)} of {len(workers)} variants failed; see above")

@@ -6,7 +6,7 @@ Pydantic dataclasses: an unknown key or an ill-typed value is an error that name
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -80,7 +80,7 @@ class ViT:
     """One more class, the last, that means "no label"."""
 
 
-Model = Annotated[Union[UNet, ViT], Field(discriminator="kind")]
+Model = Annotated[UNet | ViT, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, config=strict)

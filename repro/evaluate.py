@@ -5,11 +5,10 @@ A distance on Inception's features is "FID (clean)"; on any other network's it i
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -57,7 +56,7 @@ def resize(images: UInt8[Tensor, "n 3 h w"], side: int) -> Float[Tensor, "n 3 si
 
 
 class EfficientNetLite0(nn.Module):
-    """1,280 pooled features of EfficientNet-Lite0 at 224 x 224, with the ImageNet weights its package carries."""
+    """1,280 pooled features of EfficientNet-Lite0 at 224 x 224; its package carries the ImageNet weights."""
 
     name, title, side, dimension = "efficientnet_lite0", "FD (EfficientNet-Lite0)", 224, 1280
 
@@ -75,6 +74,7 @@ class EfficientNetLite0(nn.Module):
         self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
 
     def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1280"]:
+        """Features of images of any size, before the classifier."""
         x = (resize(images, self.side) - 127.5) / 127.5  # the network was trained on [-1, 1]
         return self.network.extract_features(x).mean((2, 3))
 
@@ -91,6 +91,7 @@ class Inception(nn.Module):
         self.network = InceptionV3W(str(inception_weights().parent), download=False, resize_inside=False)
 
     def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 2048"]:
+        """Features of images of any size, after the last pooling."""
         return self.network(resize(images, self.side))
 
 
@@ -115,9 +116,15 @@ def inception_weights() -> Path:
             raise ReproError(f"{path} is not the {name} that clean-fid uses (its SHA-256 differs). {advice}")
         return path
     try:
-        return Path(pooch.retrieve(INCEPTION_URL, f"sha256:{INCEPTION_SHA256}", fname=name, path=pooch.os_cache("repro")))
+        return Path(
+            pooch.retrieve(
+                INCEPTION_URL, f"sha256:{INCEPTION_SHA256}", fname=name, path=pooch.os_cache("repro")
+            )
+        )
     except Exception as error:  # pooch passes on whatever requests and urllib raise
-        raise ReproError(f"the Inception weights could not be downloaded ({type(error).__name__}). {advice}") from error
+        raise ReproError(
+            f"the Inception weights could not be downloaded ({type(error).__name__}). {advice}"
+        ) from error
 
 
 NETWORKS = {network.name: network for network in (EfficientNetLite0, Inception)}
@@ -127,7 +134,8 @@ def feature_network(name: str, device: str | torch.device = "cpu") -> nn.Module:
     """The feature network of that name, in evaluation mode on `device`; uint8 images -> [n, dimension]."""
     if name not in NETWORKS:
         raise ReproError(f"unknown feature network {name!r}; known are {', '.join(NETWORKS)}")
-    return NETWORKS[name]().to(device).eval().requires_grad_(False)
+    network = NETWORKS[name]().to(device, memory_format=torch.channels_last)  # half as slow on a CPU
+    return network.eval().requires_grad_(False)
 
 
 # Moments and the Fréchet distance -------------------------------------------------------------------
@@ -219,50 +227,52 @@ class Reference:
         return {"name": self.dataset, "count": self.count, "fingerprint": self.fingerprint}
 
 
-def reference_path(dataset: str, features: str) -> Path:
-    """Where the statistics of a data set on a feature network are recorded."""
-    return Path(os.environ.get("REPRO_REFERENCE", REFERENCE)) / f"{dataset}-{features}.npz"
+def reference_path(dataset: str, fingerprint: str, features: str) -> Path:
+    """Where the statistics of a data set, known by its fingerprint, on a feature network are recorded."""
+    folder = Path(os.environ.get("REPRO_REFERENCE", REFERENCE))
+    return folder / f"{dataset}-{fingerprint[:8]}-{features}.npz"
 
 
-def reference(dataset: str, features: str, device: str | torch.device = "cpu", batch: int = 250) -> Reference:
-    """Recorded statistics of all images of a data set, computed and recorded at the first call.
+def reference(
+    dataset: str, fingerprint: str, features: str, device: str | torch.device = "cpu", batch: int = 250
+) -> Reference:
+    """Recorded statistics of all images of a data set, computed and recorded where they are missing.
 
-    Where the prepared data are there too, their fingerprint must be the recorded one. Raises
-    `ReproError` where neither the record nor the data exist.
+    fingerprint: of the pixels that are meant. Raises `ReproError` where neither the record nor the
+    prepared data exist, or the prepared data of that name are other pixels.
     """
-    path = reference_path(dataset, features)
+    path = reference_path(dataset, fingerprint, features)
     if not path.exists():
         real = data.load(dataset)
+        if real.manifest["fingerprint"] != fingerprint:
+            raise ReproError(
+                f"the run was trained on other pixels than the prepared {dataset} (fingerprint "
+                f"{fingerprint[:8]}, prepared is {real.manifest['fingerprint'][:8]}), and {path} is missing. "
+                f"Prepare the same images and set REPRO_DATA to their folder."
+            )
         moments = Moments(NETWORKS[features].dimension, device)
         network = feature_network(features, device)
         for batch_features in features_of(network, batches(real.images, batch, device)):
             moments.add(batch_features)
         mean, covariance = (t.cpu().numpy() for t in moments.statistics())
-        upper = covariance[np.triu_indices(len(mean))]
         values = {
             "mean": mean,
-            "covariance_upper": upper.astype(np.float32),
+            "covariance_upper": covariance[np.triu_indices(len(mean))].astype(np.float32),
             "count": np.int64(moments.count),
-            "fingerprint": np.str_(real.manifest["fingerprint"]),
+            "fingerprint": np.str_(fingerprint),
         }
         files.replace_atomic(path, lambda temporary: _save_npz(temporary, values))
     stored = np.load(provenance.used(path), allow_pickle=False)
+    if str(stored["fingerprint"]) != fingerprint:
+        raise ReproError(
+            f"{path} holds statistics of other pixels than its name says; remove it or restore it"
+        )
     mean = torch.from_numpy(stored["mean"]).double()
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     rows, columns = np.triu_indices(len(mean))
     covariance[rows, columns] = torch.from_numpy(stored["covariance_upper"]).double()
     covariance[columns, rows] = covariance[rows, columns]
-    found = Reference(dataset, features, str(stored["fingerprint"]), int(stored["count"]), mean, covariance)
-    try:
-        prepared = data.load(dataset).manifest["fingerprint"]
-    except ReproError:
-        return found  # the record is enough where the data are not
-    if prepared != found.fingerprint:
-        raise ReproError(
-            f"{path} was made from other pixels than the prepared {dataset} ({found.fingerprint[:16]}… "
-            f"against {prepared[:16]}…). Prepare the same data, or set REPRO_REFERENCE to a new folder."
-        )
-    return found
+    return Reference(dataset, features, fingerprint, int(stored["count"]), mean, covariance)
 
 
 def _save_npz(path: str, values: dict) -> None:
@@ -292,61 +302,68 @@ def features_of(
 def evaluate(
     denoiser: Denoiser,
     run: config.Config,
+    fingerprint: str,
     images_seen: int,
     device: str | torch.device,
     precision: str,
     batch: int = 500,
-    samples: int | None = None,
-    first_seed: int | None = None,
-    features: str | None = None,
     neighbours: bool = False,
     network: nn.Module | None = None,
 ) -> list[dict]:
-    """Draw samples and measure them: the lines to append to metrics.jsonl.
+    """Draw samples as `run.sample` and `run.evaluate` say and measure them: lines for metrics.jsonl.
 
-    The first line is the Fréchet distance to all images of the run's data set. With `neighbours`, a
-    second line gives how close samples, and held-out images, are to their nearest training images.
-    Under torch.distributed each process draws its share of the seeds and all return the same lines.
+    The first line is the Fréchet distance to all images of the run's data set, whose pixels have
+    `fingerprint`. With `neighbours`, a second line gives how close samples, and held-out images, are to
+    their nearest training images. network: the feature network, where it is loaded already. Under
+    torch.distributed each process draws its share of the seeds and all return the same lines.
     """
     began = time.perf_counter()
-    samples = samples or run.evaluate.samples
-    first_seed = run.evaluate.first_seed if first_seed is None else first_seed
-    name = features or run.evaluate.features
-    network = network or feature_network(name, device)
-    known = reference(run.data.name, name, device)
+    how = run.evaluate
+    network = network or feature_network(how.features, device)
+    known = reference(run.data.name, fingerprint, how.features, device)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
-    seeds = range(first_seed, first_seed + samples)[rank::world]
+    rank, world = (
+        (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    )
+    seeds = range(how.first_seed, how.first_seed + how.samples)[rank::world]
     moments = Moments(network.dimension, device)
     kept = []
-    for batch_features in features_of(network, sample.generate(denoiser, run, seeds, batch, device, precision)):
+    for batch_features in features_of(
+        network, sample.generate(denoiser, run, seeds, batch, device, precision)
+    ):
         if distributed and moments.origin is None:
             moments.share_origin(batch_features)
         moments.add(batch_features)
-        kept.append(batch_features)
+        kept.append(batch_features.cpu())
     if distributed:
         moments.all_reduce()
+        shares = [None] * world
+        torch.distributed.all_gather_object(shares, kept)
+        kept = [part for share in shares for part in share]
     mean, covariance = moments.statistics()
     value = frechet_distance(mean, covariance, known.mean.to(mean), known.covariance.to(mean))
-    base = {
+    about = {
         "images": images_seen,
-        "features": name,
-        "protocol": "clean" if name == "inception" else "lab",
-        "samples": samples,
-        "first_seed": first_seed,
+        "features": how.features,
+        "protocol": "clean" if how.features == "inception" else "lab",
+        "samples": how.samples,
+        "first_seed": how.first_seed,
         "sampler": run.sample.sampler,
         "steps": run.sample.steps,
         "evaluations": 2 * run.sample.steps - 1 if run.sample.sampler == "heun" else run.sample.steps,
         "guidance": run.sample.guidance,
+        "sample": asdict(run.sample),
         "precision": precision,
         "reference": known.describe(),
         "device": device_name(device),
         "code": provenance.code_version("import repro.evaluate"),
     }
-    lines = [{"name": network.title, "value": value, **base, "seconds": round(time.perf_counter() - began, 1)}]
-    if neighbours and world == 1:
-        found = nearest_training_images(torch.cat(kept), network, run, device)
-        lines.append({"name": f"nearest training image ({network.title})", **found, **base})
+    lines = [
+        {"name": network.title, "value": value, **about, "seconds": round(time.perf_counter() - began, 1)}
+    ]
+    if neighbours:
+        found = nearest_training_images(torch.cat(kept).to(device), network, run, device)
+        lines.append({"name": "nearest training image", **found, **about})
     return lines
 
 
@@ -367,7 +384,9 @@ def nearest_training_images(
     real = data.load(run.data.name)
     train, held_out = data.holdout_split(len(real.images), run.data.holdout)
     if len(held_out) == 0:
-        raise ReproError(f"{run.name} holds out no images (data.holdout is 0): there is nothing to compare with")
+        raise ReproError(
+            f"{run.name} holds out no images (data.holdout is 0): there is nothing to compare with"
+        )
     bank = []
     for images in batches(real.images[train], 250, device):
         bank.append(network(images).float())
@@ -383,7 +402,9 @@ def nearest_training_images(
     at = torch.tensor(QUANTILES, dtype=torch.float64)
     return {
         "value": float(from_samples.median() / from_held_out.median()),
-        "closer_than_1_percent_of_held_out": float((from_samples < from_held_out.quantile(0.01)).double().mean()),
+        "closer_than_1_percent_of_held_out": float(
+            (from_samples < from_held_out.quantile(0.01)).double().mean()
+        ),
         "quantiles": list(QUANTILES),
         "sample_distances": [float(q) for q in from_samples.quantile(at)],
         "held_out_distances": [float(q) for q in from_held_out.quantile(at)],
@@ -395,10 +416,3 @@ def device_name(device: str | torch.device) -> str:
     """The GPU's model, or "cpu"."""
     device = torch.device(device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def finite(value: float) -> float:
-    """`value` itself; raises `ReproError` where it is not finite."""
-    if not math.isfinite(value):
-        raise ReproError(f"a metric came out as {value}")
-    return value

@@ -39,7 +39,9 @@ def replace_atomic(path: str | Path, write: Callable[[str], object]) -> None:
         # safetensors reports a full disk as its own SafetensorError, not as an OSError
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             kept = "the file that was there is unchanged" if path.exists() else "no file was written"
-            raise ReproError(f"cannot write {path}: {error}; {kept}. Free some space and run again.") from error
+            raise ReproError(
+                f"cannot write {path}: {error}; {kept}. Free some space and run again."
+            ) from error
         raise
 
 
@@ -86,5 +88,7 @@ def read_lines(path: str | Path) -> list[dict]:
         try:
             lines.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ReproError(f"{path}, line {number}, is not JSON ({error}); restore the file from git.") from error
+            raise ReproError(
+                f"{path}, line {number}, is not JSON ({error}); restore the file from git."
+            ) from error
     return lines

@@ -1,11 +1,11 @@
 """Recorded runs: a folder with a configuration, weights, a log, metrics and samples, all checked by hash.
 
-    <root>/<profile>/<name>/
-        run.json                            `Record`: what was run, on what, by which code, and the hashes
-        weights-00001-of-0000N.safetensors  EMA weights, float16, at most 15 MiB a file
-        log.jsonl                           loss and speed by images seen
-        metrics.jsonl                       one line per evaluation
-        samples.png                         a grid of samples, with their seeds in run.json
+<root>/<profile>/<name>/
+    run.json                            `Record`: what was run, on what, by which code, and the hashes
+    weights-00001-of-0000N.safetensors  EMA weights, float16, at most 15 MiB a file
+    log.jsonl                           loss and speed by images seen
+    metrics.jsonl                       one line per evaluation
+    samples.png                         a grid of samples, with their seeds in run.json
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ class Run:
         Raises `ReproError` naming the file that is missing, or whose bytes are not those recorded.
         """
         if not self.record.weights:
-            raise ReproError(f"the run {self.name} was recorded without weights; only its log and metrics exist")
+            raise ReproError(
+                f"the run {self.name} was recorded without weights; only its log and metrics exist"
+            )
         tensors = {}
         for name, recorded in self.record.weights.items():
             path = self.path / name
@@ -155,7 +157,9 @@ class Run:
             raise ReproError(f"the run {self.name} was recorded without samples")
         path = self.path / recorded.file
         if not path.exists() or files.sha256(path) != recorded.sha256:
-            raise ReproError(f"{path} is missing or not the file that was recorded; restore it (git checkout)")
+            raise ReproError(
+                f"{path} is missing or not the file that was recorded; restore it (git checkout)"
+            )
         grid = np.asarray(Image.open(provenance.used(path)).convert("RGB"))
         height, width = grid.shape[0] // recorded.rows, grid.shape[1] // recorded.cols
         tiles = grid.reshape(recorded.rows, height, recorded.cols, width, 3).swapaxes(1, 2)
@@ -182,7 +186,11 @@ def load_run(name: str | Path, root: str | Path | None = None) -> Run:
     path = Path(name) if (Path(name) / "run.json").is_file() else root_folder(root) / name
     if not (path / "run.json").is_file():
         near = difflib.get_close_matches(str(name), names(root), n=3, cutoff=0.3)
-        hint = f"Near names: {', '.join(near)}." if near else f"Recorded are: {', '.join(names(root)) or 'none'}."
+        hint = (
+            f"Near names: {', '.join(near)}."
+            if near
+            else f"Recorded are: {', '.join(names(root)) or 'none'}."
+        )
         raise ReproError(
             f"there is no recorded run {name} in {root_folder(root)}. {hint} "
             f"To make it: python -m repro train {name}"
@@ -227,7 +235,9 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], config: config.Conf
     size = 0
     for name in sorted(state):
         # channels-last strides are a property of the device, not of the record
-        tensor = state[name].detach().to("cpu", torch.float16).contiguous(memory_format=torch.contiguous_format)
+        tensor = (
+            state[name].detach().to("cpu", torch.float16).contiguous(memory_format=torch.contiguous_format)
+        )
         if tensor.numel() * 2 > SHARD_BYTES:
             raise ReproError(f"the tensor {name} alone exceeds {SHARD_BYTES} bytes; it cannot be recorded")
         if not torch.isfinite(tensor).all():
@@ -271,7 +281,9 @@ def differences(one: config.Config, other: config.Config) -> list[str]:
     def flat(value: object, prefix: str) -> dict[str, object]:
         if not isinstance(value, dict):
             return {prefix: value}
-        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}".strip(".")).items()}
+        return {
+            k: v for key, inner in value.items() for k, v in flat(inner, f"{prefix}.{key}".strip(".")).items()
+        }
 
     a, b = flat(asdict(one), ""), flat(asdict(other), "")
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))

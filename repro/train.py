@@ -33,7 +33,14 @@ from repro.files import ReproError
 
 STATE = "state.safetensors"
 
-MAY_CHANGE = ("train.images", "train.state_every_images", "train.log_every_images", "train.compile", "train.cuda_graphs", "note")
+MAY_CHANGE = (
+    "train.images",
+    "train.state_every_images",
+    "train.log_every_images",
+    "train.compile",
+    "train.cuda_graphs",
+    "note",
+)
 """Settings that a resumed run may have changed, besides everything under `evaluate` and `sample`."""
 
 
@@ -156,7 +163,9 @@ def draw(run: config.Config, step: int, place: Place, generator: torch.Generator
     options = {"device": place.device, "generator": generator}
     uniform = torch.rand(3, batch, **options)
     noise = torch.randn(shape, **options)
-    return Draws(uniform[0, mine], noise[mine], uniform[1, mine] < 0.5, uniform[2, mine] < run.train.label_drop)
+    return Draws(
+        uniform[0, mine], noise[mine], uniform[1, mine] < 0.5, uniform[2, mine] < run.train.label_drop
+    )
 
 
 class Trainer:
@@ -232,7 +241,9 @@ class Trainer:
         tensors = {}
         for name, parameter in self.net.named_parameters():
             tensors[f"net.{name}"] = parameter
-            tensors |= {f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()}
+            tensors |= {
+                f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()
+            }
         tensors |= {f"ema.{name}": parameter for name, parameter in self.ema.named_parameters()}
         plain = {name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
                  for name, tensor in tensors.items()}  # fmt: skip
@@ -272,7 +283,6 @@ class Trainer:
 def train(
     run: config.Config,
     out: str | Path,
-    data_root: str | Path | None = None,
     device: str | None = None,
     grid: tuple[int, int] = (8, 8),
 ) -> Path:
@@ -287,11 +297,19 @@ def train(
     """
     out = Path(out)
     place = find_place(device)
-    say = print if place.first else (lambda *_: None)
+
+    def say(text: str) -> None:
+        if place.first:
+            print(text, flush=True)
+
+    def write(name: str, line: dict) -> None:
+        if place.first:
+            files.append_line(out / name, line)
+
     torch.backends.cudnn.benchmark = True
     if run.train.batch % place.world:
         raise ReproError(f"a batch of {run.train.batch} cannot be shared by {place.world} processes")
-    real = data.load(run.data.name, data_root)
+    real = data.load(run.data.name)
     check_data(run, real)
     trained_on, held_out = data.holdout_split(len(real.images), run.data.holdout)
     trainer = Trainer(run, place)
@@ -300,14 +318,22 @@ def train(
         trainer.load_state(out)
         say(f"{run.name}: going on from {trainer.images:,} images")
     elif place.first and (out / "run.json").exists():
-        raise ReproError(f"{out} holds a recorded run without its state; choose another --out or move it away")
+        raise ReproError(
+            f"{out} holds a recorded run without its state; choose another --out or move it away"
+        )
     if place.first:
         for name in ("log.jsonl", "metrics.jsonl"):  # what a killed run wrote after its last state
             keep_until(out / name, trainer.images)
 
     record = runs.Record(
         config=run,
-        data=runs.DataUsed(run.data.name, real.manifest["fingerprint"], len(real.images), len(trained_on), len(held_out)),
+        data=runs.DataUsed(
+            name=run.data.name,
+            fingerprint=real.manifest["fingerprint"],
+            count=len(real.images),
+            trained_on=len(trained_on),
+            held_out=len(held_out),
+        ),
         images=trainer.images,
         seconds=trainer.seconds,
         device=evaluate.device_name(place.device),
@@ -316,61 +342,66 @@ def train(
         commit=git_commit(),
         code=provenance.code_version("import repro.train"),
         parameters=sum(p.numel() for p in trainer.net.parameters()),
-    )  # fmt: skip
-    say(f"{run.name}: {record.parameters:,} parameters, {len(trained_on):,} images of {run.data.name}, {record.device}")
+    )
+    say(f"{run.name}: {record.parameters:,} parameters, {len(trained_on):,} images, {record.device}")
 
     batches = Batches(real, trained_on, run.train, place)
     generator = torch.Generator(place.device)
     total = math.ceil(run.train.images / run.train.batch)
-    evaluations = sorted({min(math.ceil(at / run.train.batch), total) for at in (*run.evaluate.at, run.train.images)})
-    every = {name: max(1, round(getattr(run.train, name) / run.train.batch))
-             for name in ("state_every_images", "log_every_images")}  # fmt: skip
-    feature_net = None
+    log_every, state_every = (
+        max(1, round(images / run.train.batch))
+        for images in (run.train.log_every_images, run.train.state_every_images)
+    )
+    evaluations = {min(math.ceil(at / run.train.batch), total) for at in run.evaluate.at}
     losses, began, logged_at, logged_images = [], time.perf_counter(), time.perf_counter(), trainer.images
+    network = None
 
     with ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(batches.fetch, trainer.step)
         while trainer.step < total:
             y, labels = upcoming.result()
             upcoming = loader.submit(batches.fetch, trainer.step + 1)
-            numbers = draw(run, trainer.step, place, generator)
-            losses.append(trainer.train_step(y, labels, numbers))
-            step = trainer.step
-            measure = step in evaluations and run.evaluate.at != ()
-            if step % every["log_every_images"] == 0 or step == total or measure:
+            losses.append(trainer.train_step(y, labels, draw(run, trainer.step, place, generator)))
+            step, images = trainer.step, trainer.images
+            last, measure = step == total, step in evaluations
+
+            if step % log_every == 0 or last or measure:
                 loss = float(torch.stack(losses).mean())
-                now = time.perf_counter()
-                speed = (trainer.images - logged_images) / (now - logged_at)
+                speed = (images - logged_images) / (time.perf_counter() - logged_at)
                 if not math.isfinite(loss):
                     raise ReproError(
-                        f"the loss is {loss} at {trainer.images:,} images; nothing was saved since the last state. "
+                        f"the loss is {loss} at {images:,} images; {out} is as it was at the last state. "
                         f"Lower train.lr or use train.precision fp32, and start in a new folder."
                     )
-                if place.first:
-                    line = {"images": trainer.images, "loss": loss, "images_per_second": round(speed, 1),
-                            "lr": learning_rate(run.train, trainer.images)}  # fmt: skip
-                    files.append_line(out / "log.jsonl", line)
-                    say(f"{trainer.images:>12,} images  loss {loss:.5f}  {speed:,.0f} images/s", flush=True)
-                losses, logged_at, logged_images = [], now, trainer.images
-            if measure or step == total:
+                rate = learning_rate(run.train, images)
+                write(
+                    "log.jsonl",
+                    {"images": images, "loss": loss, "images_per_second": round(speed, 1), "lr": rate},
+                )
+                say(f"{images:>12,} images  loss {loss:.5f}  {speed:,.0f} images/s")
+                losses, logged_at, logged_images = [], time.perf_counter(), images
+
+            if measure or last:
                 trainer.seconds += time.perf_counter() - began
-                record = replace(record, images=trainer.images, seconds=round(trainer.seconds, 1))
+                record = replace(record, images=images, seconds=round(trainer.seconds, 1))
                 if measure:
-                    feature_net = feature_net or evaluate.feature_network(run.evaluate.features, place.device)
-                    lines = evaluate.evaluate(trainer.ema_denoiser, run, trainer.images, place.device,
-                                              run.train.precision, batch=evaluation_batch(run), network=feature_net,
-                                              neighbours=step == total and run.data.holdout > 0)  # fmt: skip
-                    lines += held_out_loss(trainer, real, trained_on, held_out)
-                    for line in lines if place.first else []:
-                        files.append_line(out / "metrics.jsonl", line)
-                        say(f"{trainer.images:>12,} images  {line['name']}: {line['value']:.4f}", flush=True)
+                    network = network or evaluate.feature_network(run.evaluate.features, place.device)
+                    lines = evaluate.evaluate(
+                        trainer.ema_denoiser, run, record.data.fingerprint, images, place.device,
+                        run.train.precision, evaluation_batch(run), last and len(held_out) > 0, network,
+                    )  # fmt: skip
+                    for line in lines + held_out_loss(trainer, real, trained_on, held_out):
+                        write("metrics.jsonl", line)
+                        say(f"{images:>12,} images  {line['name']}: {line['value']:.4f}")
                 if place.first:
-                    record = record_run(out, record, trainer.ema, grid, place.device)
+                    record = record_weights(out, record, trainer.ema)
+                    record = record_samples(out, record, grid, place.device)
                 began = logged_at = time.perf_counter()
-            if place.first and (step % every["state_every_images"] == 0 or step == total):
+
+            if place.first and (step % state_every == 0 or last):
                 trainer.seconds += time.perf_counter() - began
-                began = time.perf_counter()
                 trainer.save_state(out)
+                began = time.perf_counter()
         upcoming.cancel()
     if place.world > 1:
         torch.distributed.barrier()
@@ -387,11 +418,17 @@ def check_data(run: config.Config, real: data.Dataset) -> None:
     """Raise `ReproError` where a prepared data set does not fit the configuration."""
     shape = (run.data.channels, run.data.resolution, run.data.resolution)
     if real.images.shape[1:] != shape:
-        raise ReproError(f"{run.data.name} holds images of {real.images.shape[1:]}, the configuration asks for {shape}")
+        raise ReproError(
+            f"{run.data.name} holds images of {real.images.shape[1:]}, the configuration asks for {shape}"
+        )
     if run.data.classes and (real.labels is None or len(real.classes) != run.data.classes):
-        raise ReproError(f"{run.data.name} has {len(real.classes)} classes, the configuration asks for {run.data.classes}")
+        raise ReproError(
+            f"{run.data.name} has {len(real.classes)} classes, the configuration asks for {run.data.classes}"
+        )
     if run.data.holdout >= len(real.images):
-        raise ReproError(f"data.holdout is {run.data.holdout}, but {run.data.name} has {len(real.images)} images")
+        raise ReproError(
+            f"data.holdout is {run.data.holdout}, but {run.data.name} has {len(real.images)} images"
+        )
 
 
 def keep_until(path: Path, images: int) -> None:
@@ -402,7 +439,9 @@ def keep_until(path: Path, images: int) -> None:
 
 
 @torch.no_grad()
-def held_out_loss(trainer: Trainer, real: data.Dataset, trained_on: np.ndarray, held_out: np.ndarray) -> list[dict]:
+def held_out_loss(
+    trainer: Trainer, real: data.Dataset, trained_on: np.ndarray, held_out: np.ndarray
+) -> list[dict]:
     """The loss of the averaged weights on held-out images and on as many training images.
 
     Both use the same noise and noise levels, so the difference is what the network has memorised.
@@ -423,23 +462,46 @@ def held_out_loss(trainer: Trainer, real: data.Dataset, trained_on: np.ndarray, 
             uniform = ((torch.arange(batch) + torch.rand(batch, generator=generator)) / batch).to(device)
             total += float(trainer.loss(trainer.ema_denoiser, y, noise, uniform, labels).sum())
             count += batch
-        lines.append({"name": f"loss on {name} images", "value": total / count, "images": trainer.images, "count": count})
+        lines.append(
+            {
+                "name": f"loss on {name} images",
+                "value": total / count,
+                "images": trainer.images,
+                "count": count,
+            }
+        )
     return lines
 
 
-def record_run(
-    out: Path, record: runs.Record, ema: nn.Module, grid: tuple[int, int], device: torch.device
-) -> runs.Record:
-    """Record the averaged weights, and samples drawn from the weights as recorded (float16, read back)."""
-    hashes = runs.save_weights(out, ema.state_dict(), record.config)
-    rows, cols = grid
-    record = replace(record, weights=hashes, samples=None)
+def record_weights(out: Path, record: runs.Record, ema: nn.Module) -> runs.Record:
+    """Record the averaged weights, float16, and return the record with their hashes."""
+    record = replace(record, weights=runs.save_weights(out, ema.state_dict(), record.config), samples=None)
     runs.write_record(out, record)
+    return record
+
+
+def record_samples(
+    out: Path,
+    record: runs.Record,
+    grid: tuple[int, int],
+    device: torch.device,
+    how: config.Sample | None = None,
+) -> runs.Record:
+    """Draw samples.png from the weights as recorded, in float32, and return the record that names it.
+
+    grid: rows and columns; sample seeds 0, 1, ... how: by default as the run's configuration says.
+    """
+    how = how or record.config.sample
+    rows, cols = grid
     denoiser = runs.load_run(out).denoiser(device)
-    images = torch.cat(list(sample.generate(denoiser, record.config, range(rows * cols), 64, device)))
+    images = torch.cat(
+        list(sample.generate(denoiser, record.config, range(rows * cols), 64, device, sample=how))
+    )
     image_hash = runs.save_samples(out, images.permute(0, 2, 3, 1).cpu().numpy(), rows, cols)
-    samples = runs.Samples("samples.png", image_hash, rows, cols, 0, record.config.sample, "fp32", record.device)
-    record = replace(record, samples=samples)
+    name = evaluate.device_name(device)
+    record = replace(
+        record, samples=runs.Samples("samples.png", image_hash, rows, cols, 0, how, "fp32", name)
+    )
     runs.write_record(out, record)
     return record
 
@@ -454,6 +516,7 @@ def versions() -> dict[str, str]:
 
 def git_commit() -> str:
     """The commit of the checkout, with "+" where tracked files were changed; "unknown" outside git."""
+
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(provenance.ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

@@ -146,7 +146,7 @@ def test_a_vp_network_is_given_x_t_and_the_index(target):
 @quick
 @given(st.sampled_from(TARGETS), st.floats(-7, 11), st.floats(0.1, 2))
 def test_the_target_gives_back_the_clean_image(target, log_sigma, sigma_data):
-    """c_skip * x + c_out * F* = y for every y and n: c_skip + c_out on_y = 1 and c_skip sigma + c_out on_noise = 0."""
+    """c_skip * x + c_out * F* = y: of y in total 1, of the noise c_skip sigma + c_out on_noise = 0."""
     sigma = f64([math.exp(log_sigma)])
     chosen = denoiser.parameterization(target, sigma_data)
     (c_skip, c_out, _), (on_y, on_noise) = chosen.coefficients(sigma), chosen.target(sigma)

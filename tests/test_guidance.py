@@ -99,7 +99,7 @@ def test_an_interval_that_cannot_be_is_refused(low, high):
 
 
 def test_samplers_never_know():
-    """Guided Heun follows the ODE of the guided denoiser: with scale 0 it ends where the unconditional one ends."""
+    """Heun guided with scale 0 ends where it ends with the unconditional denoiser."""
     D = labelled()
     guided = guidance.cfg(D, 0.0, NULL)
     sigmas = schedules.karras_grid(0.01, 10.0, 12)

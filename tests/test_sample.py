@@ -9,7 +9,7 @@ import torch
 from exact import ExactNet, Gaussian, Mixture
 from scipy import stats
 
-from repro import config, denoiser, sample, schedules
+from repro import config, denoiser, sample, samplers, schedules
 
 MIXTURE = Mixture()
 RUN = config.Config(
@@ -134,6 +134,21 @@ def test_images_do_not_depend_on_batch_size_or_on_the_split_over_processes(optio
     halves = images_of(seeds[0::2], 3, run), images_of(seeds[1::2], 2, run)
     assert torch.equal(halves[0], one_by_one[0::2]) and torch.equal(halves[1], one_by_one[1::2])
     assert len({image.numpy().tobytes() for image in one_by_one}) == 7
+
+
+@pytest.mark.parametrize("options", [{"churn": 2.0}, {"sampler": "ancestral", "eta": 1.0}])
+def test_churn_and_eta_reach_the_sampler(options):
+    """Made by hand: the start, then each further draw of the seed's noise."""
+    D, seeds, labels = exact(), [4, 2], torch.tensor([0, 2])
+    noise, sigmas = sample.SeedNoise(seeds, (2, 4, 4)), schedules.grid_for(D.schedule, RUN.sample)
+    start = noise().double() * sigmas[0]
+    sampler = samplers.ancestral if "eta" in options else samplers.heun
+    amount = {key: value for key, value in options.items() if key != "sampler"}
+    by_hand = sampler(lambda x, s: D(x, s, labels), start, sigmas, fresh_noise=noise, **amount)
+    images = images_of(seeds, 2, with_sample(RUN, **options), labels=labels)
+    assert torch.equal(images, sample.to_uint8(by_hand))
+    without = {**options, "churn": 0.0, "eta": 0.0}
+    assert not torch.equal(images, images_of(seeds, 2, with_sample(RUN, **without), labels=labels))
 
 
 def test_every_batch_has_the_same_size_and_the_filling_is_cut_off():

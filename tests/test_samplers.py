@@ -1,4 +1,4 @@
-"""Samplers against exact solutions: the path of the ODE where nothing is random, the variance where something is."""
+"""Samplers against exact solutions: the ODE's path where no noise is added, the variance where some is."""
 
 import math
 
@@ -141,7 +141,7 @@ def test_ancestral_is_song_eq_12_and_at_eta_1_the_ddpm_posterior(eta):
 
 
 def exact_variance(sampler, steps: int, sigma_max: float = START, **options) -> float:
-    """The variance of a sampler's output on Gaussian data, without drawing: the output is linear in its noises.
+    """The variance of a sampler's output on Gaussian data, not drawn: the output is linear in its noises.
 
     Image 0 starts one standard deviation from the mean; image k alone gets the k-th fresh noise, of size 1.
     """
@@ -171,7 +171,7 @@ def test_stochastic_samplers_converge_to_the_variance_of_the_data(sampler, optio
 
 @pytest.mark.parametrize("sampler, options, order", STOCHASTIC.values(), ids=STOCHASTIC)
 def test_stochastic_samplers_draw_from_the_data_distribution(sampler, options, order):
-    """20,000 images of one pixel each, from pure noise at sigma = 80, with a mean and variance of their own."""
+    """20,000 images of one pixel, from pure noise at sigma = 80."""
     shape, seeds = (20_000, 1, 1, 1), iter(range(100, 1000))
     x, steps = 80 * normal(99, *shape), 150
     out = sampler(

@@ -27,7 +27,7 @@ def f64(values) -> torch.Tensor:
 
 
 def sigma_by_product(betas) -> np.ndarray:
-    """sigma_t / alpha_t with alpha_t^2 = prod (1 - beta) and alpha_t^2 + sigma_t^2 = 1, one step at a time."""
+    """sigma_t / alpha_t with alpha_t^2 = prod (1 - beta) and alpha_t^2 + sigma_t^2 = 1, step by step."""
     sigmas, alpha_bar = [], 1.0
     for beta in betas:
         alpha_bar *= 1 - beta
@@ -36,7 +36,7 @@ def sigma_by_product(betas) -> np.ndarray:
 
 
 def cosine_betas(steps: int) -> list[float]:
-    """Nichol and Dhariwal 2021: alpha_bar(t) = f(t) / f(0), beta_t = 1 - alpha_bar(t) / alpha_bar(t - 1) <= 0.999."""
+    """Nichol and Dhariwal 2021: alpha_bar(t) = f(t) / f(0), beta = 1 - alpha_bar(t) / alpha_bar(t - 1)."""
 
     def f(t: int) -> float:
         return math.cos((t / steps + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -113,7 +113,7 @@ def test_nearest_is_the_brute_force_nearest_and_rounding_is_idempotent(name, log
     st.lists(st.integers(0, 140), min_size=1, max_size=10),
 )
 def test_nearest_on_whole_numbers_where_ties_abound(table, halves):
-    """Halves of whole numbers: many are equally far from two levels; the smaller one wins. One level is enough."""
+    """Many halves are equally far from two levels: the smaller one wins. One level is enough."""
     schedule, sigma = schedules.DiscreteVP(f64(sorted(table))), f64(halves) / 2
     brute = [min(range(len(table)), key=lambda i: (abs(sorted(table)[i] - s), i)) for s in sigma.tolist()]
     assert schedule.nearest(sigma).tolist() == brute

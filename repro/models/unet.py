@@ -40,6 +40,7 @@ class GroupNorm(nn.Module):
         scale: Float[Tensor, "n c"] | None = None,
         shift: Float[Tensor, "n c"] | None = None,
     ) -> Float[Tensor, "n c h w"]:
+        """Normalise `x`, then scale by (1 + scale) and shift."""
         n, c = x.shape[:2]
         wide = x.double() if x.dtype == torch.float64 else x.float()
         first = wide.mean((2, 3)).view(n, self.groups, -1).mean(2)  # n groups
@@ -64,6 +65,7 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1) if convolve else None
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
+        """Halve or double the side."""
         if self.factor == "down":
             return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
         n, c, h, w = x.shape
@@ -101,6 +103,7 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(self, x: Float[Tensor, "n c h w"], emb: Float[Tensor, "n e"]) -> Float[Tensor, "n c2 h2 w2"]:
+        """The block's output for an embedding of time and class."""
         h = F.silu(self.norm_in(x))
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)
@@ -119,13 +122,16 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int):
         super().__init__()
         if channels % heads:
-            raise ValueError(f"{channels} channels cannot be split into {heads} attention heads of equal width")
+            raise ValueError(
+                f"{channels} channels cannot be split into {heads} attention heads of equal width"
+            )
         self.heads = heads
         self.norm = GroupNorm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)  # heads, then q k v, then channels of a head
         self.proj = zeroed(nn.Linear(channels, channels))
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+        """Attend over all pixels."""
         n, c, height, width = x.shape
         tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)  # n hw c
         qkv = self.qkv(tokens).view(n, height * width, self.heads, 3, c // self.heads)
@@ -156,7 +162,9 @@ class ADMUNet(nn.Module):
             raise ValueError(f"a side of {resolution} pixels cannot be halved {levels - 1} times")
         sides = [resolution >> level for level in range(levels)]
         if missing := sorted(set(config.attention) - set(sides)):
-            raise ValueError(f"no feature map has the side {missing} asked for in attention; there are {sides}")
+            raise ValueError(
+                f"no feature map has the side {missing} asked for in attention; there are {sides}"
+            )
         self.channels, self.classes, self.null_class = config.channels, classes, config.null_class
         widths = [config.channels * multiplier for multiplier in config.multipliers]
         emb_width = 4 * config.channels
@@ -210,6 +218,7 @@ class ADMUNet(nn.Module):
     def forward(
         self, x: Float[Tensor, "n c h w"], t: Float[Tensor, " n"], labels: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n out h w"]:
+        """What the network predicts, in the precision of `x`."""
         emb = self.time_out(F.silu(self.time_in(sinusoids(t, self.channels).to(x.dtype))))  # n e
         emb = emb + self._embed(labels, len(x)) if self.classes or labels is not None else emb  # n e
         h = self.conv_in(x)
@@ -220,7 +229,8 @@ class ADMUNet(nn.Module):
         h = self.middle(h, emb)
         for step in self.decoder:
             h = step(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
+            return self.conv_out(F.silu(self.norm_out(h.to(x.dtype))))  # n out h w
 
     def _embed(self, labels: Int[Tensor, " n"] | None, n: int) -> Float[Tensor, "n e"]:
         if not self.classes:
@@ -239,6 +249,7 @@ class Step(nn.ModuleList):
         super().__init__(blocks)
 
     def forward(self, x: Float[Tensor, "n c h w"], emb: Float[Tensor, "n e"]) -> Float[Tensor, "n c2 h2 w2"]:
+        """Pass `x` through the blocks in turn."""
         for block in self:
             x = block(x, emb) if isinstance(block, ResidualBlock) else block(x)
         return x
@@ -247,7 +258,9 @@ class Step(nn.ModuleList):
 def sinusoids(t: Float[Tensor, " n"], width: int) -> Float[Tensor, "n width"]:
     """Cosines, then sines, of t at `width / 2` frequencies from 1 down to 1 / 10000 (Ho et al. 2020)."""
     half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half))
+    frequencies = torch.exp(
+        torch.arange(half, device=t.device, dtype=torch.float32) * (-math.log(10_000) / half)
+    )
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
