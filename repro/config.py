@@ -204,6 +204,11 @@ def to_json(config: Config) -> dict:
     return _adapter.dump_python(config, mode="json")
 
 
+def sample_json(sample: Sample) -> dict:
+    """`sample` as a dictionary of JSON values, as metrics.jsonl has it."""
+    return TypeAdapter(Sample).dump_python(sample, mode="json")
+
+
 def from_json(values: dict) -> Config:
     """The configuration written by `to_json`; raises `ValueError` naming each unknown or bad key."""
     return _adapter.validate_python(values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -192,11 +192,11 @@ def frechet_distance(
     mean_2: Float[Tensor, " d"],
     covariance_2: Float[Tensor, "d d"],
 ) -> float:
-    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), the Fréchet distance of two Gaussians (Dowson and Landau 1982).
+    """|m1 - m2|^2 + Tr(C1 + C2 - 2 (C1 C2)^(1/2)), the Fréchet distance of two Gaussians.
 
-    Tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of R C2 R with R = C1^(1/2): two
-    symmetric eigendecompositions in float64 instead of a general matrix root. Covariances of fewer
-    images than dimensions are singular; eigenvalues a rounding below 0 count as 0.
+    Dowson and Landau 1982. Tr (C1 C2)^(1/2) is the sum of the square roots of the eigenvalues of R C2 R
+    with R = C1^(1/2): two symmetric eigendecompositions in float64 instead of a general matrix root.
+    Covariances of fewer images than dimensions are singular; eigenvalues a rounding below 0 count as 0.
     """
     m1, c1, m2, c2 = (t.double() for t in (mean_1, covariance_1, mean_2, covariance_2))
     if c1.shape != c2.shape or m1.shape != m2.shape or c1.shape[0] != m1.shape[0]:
@@ -221,6 +221,8 @@ class Reference:
     count: int
     mean: Float[Tensor, " d"]
     covariance: Float[Tensor, "d d"]
+    halves: float
+    """Fréchet distance between the images of even and of odd position: what real images score."""
 
     def describe(self) -> dict:
         """What a metric records about its reference."""
@@ -250,16 +252,19 @@ def reference(
                 f"{fingerprint[:8]}, prepared is {real.manifest['fingerprint'][:8]}), and {path} is missing. "
                 f"Prepare the same images and set REPRO_DATA to their folder."
             )
-        moments = Moments(NETWORKS[features].dimension, device)
         network = feature_network(features, device)
+        moments, even, odd = (Moments(network.dimension, device) for _ in range(3))
         for batch_features in features_of(network, batches(real.images, batch, device)):
             moments.add(batch_features)
+            even.add(batch_features[::2])
+            odd.add(batch_features[1::2])
         mean, covariance = (t.cpu().numpy() for t in moments.statistics())
         values = {
             "mean": mean,
             "covariance_upper": covariance[np.triu_indices(len(mean))].astype(np.float32),
             "count": np.int64(moments.count),
             "fingerprint": np.str_(fingerprint),
+            "halves": np.float64(frechet_distance(*even.statistics(), *odd.statistics())),
         }
         files.replace_atomic(path, lambda temporary: _save_npz(temporary, values))
     stored = np.load(provenance.used(path), allow_pickle=False)
@@ -272,7 +277,8 @@ def reference(
     rows, columns = np.triu_indices(len(mean))
     covariance[rows, columns] = torch.from_numpy(stored["covariance_upper"]).double()
     covariance[columns, rows] = covariance[rows, columns]
-    return Reference(dataset, features, fingerprint, int(stored["count"]), mean, covariance)
+    count, halves = int(stored["count"]), float(stored["halves"])
+    return Reference(dataset, features, fingerprint, count, mean, covariance, halves)
 
 
 def _save_npz(path: str, values: dict) -> None:
@@ -352,7 +358,7 @@ def evaluate(
         "steps": run.sample.steps,
         "evaluations": 2 * run.sample.steps - 1 if run.sample.sampler == "heun" else run.sample.steps,
         "guidance": run.sample.guidance,
-        "sample": asdict(run.sample),
+        "sample": config.sample_json(run.sample),
         "precision": precision,
         "reference": known.describe(),
         "device": device_name(device),

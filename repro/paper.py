@@ -274,6 +274,13 @@ def describe_metric(metric: dict, run: str | None = None) -> str:
     )
 
 
+def describe_sampler(sample: dict) -> str:
+    """A sampler's settings in a few words, such as `Heun, 18 steps from σ = 40`."""
+    name = {"heun": "Heun", "ancestral": "DDIM" if sample["eta"] == 0 else "ancestral"}[sample["sampler"]]
+    guidance = "" if sample["guidance"] == 1 else f", guidance {sample['guidance']:g}"
+    return f"{name}, {sample['steps']} steps from σ = {sample['sigma_max']:g}{guidance}"
+
+
 def _path(kind: str, id: str, suffix: str) -> Path:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", id):
         raise ReproError(f"{id!r} cannot be the id of an output: use letters, digits, _ and -")

@@ -62,7 +62,7 @@ _paper_celeba64_unet = replace(
     ),
     sample=Sample(steps=30),
     evaluate=Evaluate(at=tuple(128 * 50_000 * n for n in range(1, 11)), samples=50_000, features="inception"),
-    note="Figure 9's settings. The supplement gives the backbone (UNet) and the optimizer; batch, iterations, "
+    note="Figure 9's settings. The supplement gives backbone (UNet) and optimizer; batch, iterations, "
     "learning rate and warm-up are those of U-ViT on CelebA (Bao et al. 2022).",
 )
 

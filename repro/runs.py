@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, field
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from repro import config, denoiser, files, provenance, schedules
+from repro import config, denoiser, files, provenance, sample, schedules
 from repro.files import ReproError
 from repro.models.unet import ADMUNet
 from repro.models.vit import ViT
@@ -35,6 +36,11 @@ RECORDED = provenance.ROOT / "paper" / "runs"
 """Where the repository keeps its recorded runs; the environment variable REPRO_RUNS overrides it."""
 
 SHARD_BYTES = 15 * 2**20
+
+SAMPLE_TOLERANCE = 0.25
+"""Mean absolute difference, in grey levels of 255, within which devices draw the same image.
+
+Samples recorded on an H200 and drawn again on a CPU differ by 0.005."""
 
 
 @dataclass(frozen=True, config=config.strict)
@@ -164,6 +170,49 @@ class Run:
         height, width = grid.shape[0] // recorded.rows, grid.shape[1] // recorded.cols
         tiles = grid.reshape(recorded.rows, height, recorded.cols, width, 3).swapaxes(1, 2)
         return tiles.reshape(-1, height, width, 3)
+
+    def draw(
+        self, seeds: Sequence[int], how: config.Sample | None = None, device: str | torch.device = "cpu"
+    ) -> UInt8[np.ndarray, "n h w 3"]:
+        """Images drawn from the recorded weights in float32, one for each sample seed.
+
+        how: by default as the recorded samples were drawn.
+        """
+        how = how or (self.record.samples.sample if self.record.samples else self.config.sample)
+        denoiser = self.denoiser(device)
+        images = list(sample.generate(denoiser, self.config, seeds, min(64, len(seeds)), device, sample=how))
+        return torch.cat(images).permute(0, 2, 3, 1).cpu().numpy()
+
+    def check_samples(self, count: int, device: str | torch.device = "cpu") -> dict:
+        """Draw `count` of the recorded samples again and compare: is the record true?
+
+        The images checked are spread evenly over samples.png. Returns the largest of the images' mean
+        absolute differences, in grey levels of 255, the tolerance, and the seeds. Raises `ReproError`
+        where an image differs by more than `SAMPLE_TOLERANCE`.
+        """
+        recorded = self.samples()
+        chosen = [i * len(recorded) // count for i in range(count)]
+        seeds = [self.record.samples.first_seed + i for i in chosen]
+        drawn = self.draw(seeds, device=device).astype(float)
+        apart = np.abs(drawn - recorded[chosen]).mean(axis=(1, 2, 3))
+        if apart.max() > SAMPLE_TOLERANCE:
+            worst = seeds[int(apart.argmax())]
+            raise ReproError(
+                f"the samples recorded for {self.name} are not what its weights draw: with seed {worst} the "
+                f"mean difference is {apart.max():.2f} grey levels, more than {SAMPLE_TOLERANCE}. Weights, "
+                f"samples or the code that samples have changed since the record was made."
+            )
+        return {"seeds": seeds, "largest_mean_difference": float(apart.max()), "tolerance": SAMPLE_TOLERANCE}
+
+    def distances(self, how: config.Sample, samples: int | None = None) -> list[dict]:
+        """Lines of metrics.jsonl that are Fréchet distances of images drawn as `how` says, by images seen.
+
+        samples: how many were drawn; by default as the run's configuration says.
+        """
+        wanted = config.sample_json(how)
+        samples = samples or self.config.evaluate.samples
+        found = [m for m in self.metrics if m.get("sample") == wanted and m.get("samples") == samples]
+        return sorted((m for m in found if m["name"].startswith(("FD", "FID"))), key=lambda m: m["images"])
 
 
 def root_folder(root: str | Path | None = None) -> Path:

@@ -493,11 +493,8 @@ def record_samples(
     """
     how = how or record.config.sample
     rows, cols = grid
-    denoiser = runs.load_run(out).denoiser(device)
-    images = torch.cat(
-        list(sample.generate(denoiser, record.config, range(rows * cols), 64, device, sample=how))
-    )
-    image_hash = runs.save_samples(out, images.permute(0, 2, 3, 1).cpu().numpy(), rows, cols)
+    images = runs.load_run(out).draw(range(rows * cols), how, device)
+    image_hash = runs.save_samples(out, images, rows, cols)
     name = evaluate.device_name(device)
     record = replace(
         record, samples=runs.Samples("samples.png", image_hash, rows, cols, 0, how, "fp32", name)
