@@ -115,8 +115,11 @@ def sample(name: str, arguments: list[str]) -> None:
     recorded = runs.load_run(name)
     options = _parse("sample", name, SampleOptions(sample=recorded.config.sample), arguments)
     first, end = options.seeds
-    if end <= first:
-        raise ReproError(f"--seeds {first} {end} is empty: give the first seed and the one after the last")
+    if not 0 <= first < end <= 2**31:
+        raise ReproError(
+            f"--seeds {first} {end} is no range: give the first seed, at least 0, and the one after the last"
+        )
+    _check_batch(options.batch)
     place = training.find_place(options.device)
     if options.record:
         samples = recorded.record.samples
@@ -128,8 +131,9 @@ def sample(name: str, arguments: list[str]) -> None:
     chosen = list(range(first, end))[place.rank :: place.world]
     denoiser = recorded.denoiser(place.device)
     pending = iter(chosen)
+    batch = max(1, min(options.batch, len(chosen)))  # a batch is filled up: 64 would draw 64 for 2
     for images in sampling.generate(
-        denoiser, recorded.config, chosen, options.batch, place.device, options.precision, options.sample
+        denoiser, recorded.config, chosen, batch, place.device, options.precision, options.sample
     ):
         for image in images.permute(0, 2, 3, 1).cpu().numpy():
             picture = Image.fromarray(image)
@@ -168,6 +172,9 @@ def evaluate(name: str, arguments: list[str]) -> None:
     recorded = runs.load_run(name)
     default = EvaluateOptions(sample=recorded.config.sample, evaluate=recorded.config.evaluate)
     options = _parse("evaluate", name, default, arguments)
+    _check_batch(options.batch)
+    if options.evaluate.samples < 2:
+        raise ReproError(f"--evaluate.samples {options.evaluate.samples}: a covariance needs at least 2")
     place = training.find_place(options.device)
     denoiser = recorded.denoiser(place.device)
     if options.compile:
@@ -241,6 +248,11 @@ def _parse(command: str, name: str, default: object, arguments: list[str]) -> ob
     )
 
 
+def _check_batch(batch: int) -> None:
+    if batch < 1:
+        raise ReproError(f"--batch {batch}: give at least 1 image at a time")
+
+
 def _usage(command: str) -> Callable[[], None]:
     """The entry of a command in the list of commands: how to name what it works on."""
     function, what = NAMED_FIRST[command]
@@ -256,14 +268,17 @@ def _usage(command: str) -> Callable[[], None]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; an error that the user can mend is one line on standard error and status 1."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    command, *rest = arguments or ["--help"]
     try:
-        if arguments[:1] and arguments[0] in NAMED_FIRST and len(arguments) > 1 and arguments[1][0] != "-":
-            NAMED_FIRST[arguments[0]][0](arguments[1], arguments[2:])
-        else:
-            usages = {command: _usage(command) for command in NAMED_FIRST}
+        if command not in NAMED_FIRST:
+            usages = {name: _usage(name) for name in NAMED_FIRST}
             commands = {"prepare": prepare, **usages, "render": render, "presets": presets}
-            chosen = [arguments[0]] if arguments[:1] and arguments[0] in NAMED_FIRST else arguments
-            tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=chosen or ["--help"])
+            tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=[command, *rest])
+        elif rest and not rest[0].startswith("-"):
+            NAMED_FIRST[command][0](rest[0], rest[1:])
+        else:
+            _usage(command)()
+            return 0 if {"-h", "--help"} & {*rest} else 2  # nothing was done
     except ReproError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -156,6 +157,8 @@ class Moments:
     def add(self, features: Float[Tensor, "n d"]) -> None:
         """Take in a batch; raises `ReproError` where it is not finite."""
         features = features.to(self.sum)
+        if len(features) == 0:
+            return
         if not torch.isfinite(features).all():
             raise ReproError("features are not finite: the images they come from are probably not either")
         if self.origin is None:
@@ -241,7 +244,7 @@ def reference(
     """Recorded statistics of all images of a data set, computed and recorded where they are missing.
 
     fingerprint: of the pixels that are meant. Raises `ReproError` where neither the record nor the
-    prepared data exist, or the prepared data of that name are other pixels.
+    prepared data exist, the prepared data of that name are other pixels, or the record is damaged.
     """
     path = reference_path(dataset, fingerprint, features)
     if not path.exists():
@@ -255,9 +258,10 @@ def reference(
         network = feature_network(features, device)
         moments, even, odd = (Moments(network.dimension, device) for _ in range(3))
         for batch_features in features_of(network, batches(real.images, batch, device)):
+            first = moments.count % 2  # 1 where this batch begins at an odd position
             moments.add(batch_features)
-            even.add(batch_features[::2])
-            odd.add(batch_features[1::2])
+            even.add(batch_features[first::2])
+            odd.add(batch_features[1 - first :: 2])
         mean, covariance = (t.cpu().numpy() for t in moments.statistics())
         values = {
             "mean": mean,
@@ -267,17 +271,23 @@ def reference(
             "halves": np.float64(frechet_distance(*even.statistics(), *odd.statistics())),
         }
         files.replace_atomic(path, lambda temporary: _save_npz(temporary, values))
-    stored = np.load(provenance.used(path), allow_pickle=False)
-    if str(stored["fingerprint"]) != fingerprint:
+    try:
+        stored = dict(np.load(provenance.used(path), allow_pickle=False))
+        mean = torch.from_numpy(stored["mean"]).double()
+        upper = torch.from_numpy(stored["covariance_upper"]).double()
+        count, halves, recorded = int(stored["count"]), float(stored["halves"]), str(stored["fingerprint"])
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ReproError(
+            f"{path} is damaged or of an earlier version ({error!r}); restore it, or remove it to make it anew"
+        ) from error
+    if recorded != fingerprint:
         raise ReproError(
             f"{path} holds statistics of other pixels than its name says; remove it or restore it"
         )
-    mean = torch.from_numpy(stored["mean"]).double()
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     rows, columns = np.triu_indices(len(mean))
-    covariance[rows, columns] = torch.from_numpy(stored["covariance_upper"]).double()
+    covariance[rows, columns] = upper
     covariance[columns, rows] = covariance[rows, columns]
-    count, halves = int(stored["count"]), float(stored["halves"])
     return Reference(dataset, features, fingerprint, count, mean, covariance, halves)
 
 
@@ -407,7 +417,7 @@ def nearest_training_images(
     from_samples, from_held_out = to_nearest(generated), to_nearest(apart)
     at = torch.tensor(QUANTILES, dtype=torch.float64)
     return {
-        "value": float(from_samples.median() / from_held_out.median()),
+        "value": float(from_samples.quantile(0.5) / from_held_out.quantile(0.5)),
         "closer_than_1_percent_of_held_out": float(
             (from_samples < from_held_out.quantile(0.01)).double().mean()
         ),

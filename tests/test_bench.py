@@ -1,0 +1,144 @@
+"""The benchmark's arithmetic: counted FLOPs, kinds of kernels, and the committed measurements."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from repro import bench, config, presets
+from repro.models.unet import GroupNorm
+
+MEASURED = json.loads((Path(__file__).parents[1] / "paper" / "bench" / "unet64.json").read_text())
+
+
+def with_model(model: config.UNet, resolution: int) -> config.Config:
+    lab = presets.preset("lab/celeba64-unet")
+    return dataclasses.replace(
+        lab, model=model, data=dataclasses.replace(lab.data, resolution=resolution, channels=3)
+    )
+
+
+def test_forward_flops_are_twice_the_multiply_adds_counted_by_hand():
+    c, side = 32, 8
+    pixels, emb = side**2, 4 * c
+    model = config.UNet(channels=c, multipliers=(1,), blocks=1, attention=(), heads=2)
+
+    def conv(channels_in, channels_out, kernel=3):
+        return pixels * kernel**2 * channels_in * channels_out
+
+    def residual(channels_in):  # the embedding gives a scale and a shift for each channel
+        skip = conv(channels_in, c, 1) if channels_in != c else 0
+        return conv(channels_in, c) + emb * 2 * c + conv(c, c) + skip
+
+    attention = pixels * c * 3 * c + 2 * pixels**2 * c + pixels * c * c  # q k v; q·k and mix; project
+    time = c * emb + emb * emb
+    middle = residual(c) + attention + residual(c)
+    # the decoder has one block more than the encoder, and each takes a skip connection
+    multiply_adds = time + conv(3, c) + residual(c) + middle + 2 * residual(2 * c) + conv(c, 3)
+    assert bench.forward_flops(with_model(model, side)) == 2 * multiply_adds
+
+
+def test_forward_flops_of_a_network_without_attention_grow_with_the_number_of_pixels():
+    model = config.UNet(channels=32, multipliers=(1, 1), blocks=1, attention=(), heads=1)
+    small, large = (bench.forward_flops(with_model(model, side)) for side in (32, 64))
+    # but for the middle's attention: 2 · 2 · pixels² · 32 at half the side
+    small, large = (flops - 4 * (side / 2) ** 4 * 32 for flops, side in ((small, 32), (large, 64)))
+    assert large / small == pytest.approx(4, rel=1e-2)
+
+
+@pytest.mark.parametrize("modulated", [False, True])
+def test_the_plain_group_norm_is_the_group_norm(modulated):
+    generator = torch.Generator().manual_seed(0)
+    norm = GroupNorm(64)
+    with torch.no_grad():
+        norm.weight.normal_(generator=generator)
+        norm.bias.normal_(generator=generator)
+    x = torch.randn(2, 64, 5, 7, generator=generator) * 2 + 1
+    more = torch.randn(2, 2, 64, generator=generator).unbind() if modulated else ()
+    expected = norm(x, *more)
+    norm.__class__ = bench.PlainGroupNorm  # as `measure` makes it plain
+    torch.testing.assert_close(norm(x, *more), expected, rtol=1e-5, atol=1e-5)
+    assert norm(x.bfloat16(), *more).dtype == torch.bfloat16
+
+
+KERNELS = {
+    "sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize256x64x32": "convolution",
+    "sm90_xmma_wgrad_indexed_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc": "convolution",
+    "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816dgrad_optimized_bf16>": "convolution",
+    "void cudnn::ops::nchwToNhwcKernel<__nv_bfloat16, float>": "convolution",
+    "nvjet_sm90_tst_96x64_64x8_2x1_v_bz_splitK_NTN": "matrix product",
+    "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64": "matrix product",
+    "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "matrix product",
+    "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
+    "triton_red_fused__to_copy_convolution_mean_pow_8": "norm and other reductions",
+    "triton_poi_fused__to_copy_add_clone_convolution_mul_native_group_norm_silu": "elementwise",
+    "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda>": "elementwise",
+    "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata>": "optimizer",
+    "void at::native::reduce_kernel<512, 1, ReduceOp<float>>": "other",
+}
+
+
+def test_kernels_are_sorted_by_kind_and_times_are_per_step(monkeypatch):
+    """The profiler is replaced by one that saw each kernel above twice a step, 500 µs each time."""
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    steps = []
+
+    def event(name, kind):
+        return SimpleNamespace(name=name, device_type=kind, device_time_total=500.0)
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def events(self):
+            seen = [event(name, cuda) for name in KERNELS for _ in range(2 * len(steps))]
+            return [*seen, event("aten::conv2d", cpu)]  # of the CPU: not counted
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    busy, shares, top = bench.kernel_times(lambda: steps.append(1), steps=3)
+    assert len(steps) == 3
+    assert busy == pytest.approx(len(KERNELS))  # ms a step: 2 · 0.5 each
+    kinds = list(KERNELS.values())
+    assert shares == pytest.approx({kind: kinds.count(kind) / len(kinds) for kind in [*bench.KINDS, "other"]})
+    assert dict(top) == pytest.approx({name[:120]: 1.0 for name in KERNELS})
+
+
+def test_the_committed_measurements_are_of_all_variants():
+    assert [variant["name"] for variant in MEASURED["variants"]] == list(bench.VARIANTS)
+    assert MEASURED["device"] and MEASURED["versions"]["cuda"]
+
+
+@pytest.mark.parametrize("measured", MEASURED["variants"], ids=lambda measured: measured["name"])
+def test_the_committed_measurements_are_consistent(measured):
+    variant = bench.VARIANTS[measured["name"]]
+    flops = measured["forward_gflop_per_image"] * 1e9
+    assert flops == bench.forward_flops(with_model(variant.model, 64))
+    assert (measured["batch"], measured["cuda_graphs"]) == (variant.batch, variant.cuda_graphs)
+    speed = measured["train_images_per_second"]
+    assert measured["train_tflops"] == pytest.approx(3 * flops * speed / 1e12)  # forward, and twice backward
+    assert measured["train_share_of_matmul"] == pytest.approx(
+        measured["train_tflops"] / measured["matmul_tflops"]
+    )
+    assert measured["train_step_ms"] == pytest.approx(1000 * measured["batch"] / speed)
+    assert measured["gpu_busy_ms"] <= measured["train_step_ms"]
+    assert sum(measured["gpu_busy_shares"].values()) == pytest.approx(1, abs=1e-3)
+    # listed are the 30 largest kernels, largest first, all within the time that the GPU is busy
+    times = [time for _, time in measured["largest_kernels_ms"]]
+    assert times == sorted(times, reverse=True) and 0 < sum(times) <= measured["gpu_busy_ms"]
+    assert ("forward_tflops" in measured) == variant.forward
+    if variant.forward:
+        forwards = measured["forwards_per_second"]
+        assert measured["forward_tflops"] == pytest.approx(flops * forwards / 1e12)
+        assert measured["forward_share_of_matmul"] == pytest.approx(
+            measured["forward_tflops"] / measured["matmul_tflops"]
+        )

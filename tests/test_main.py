@@ -1,0 +1,323 @@
+"""The command line: from images to a measured run, help for every command, and errors on one line."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from repro import paper, runs
+from repro.__main__ import main
+from repro.presets import PRESETS
+
+PROJECT = Path(__file__).parents[1]
+NAME = "lab/celeba64-unet"
+TINY = """
+    --model.channels 32 --model.multipliers 1 1 1 --model.blocks 1 --model.attention
+    --model.head-channels None --model.heads 1 --data.holdout 3 --sample.steps 2
+    --train.images 8 --train.batch 4 --train.precision fp32 --train.no-compile
+    --evaluate.at --evaluate.samples 4 --device cpu
+""".split()
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with 12 images and the environment that keeps everything inside it."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "images").mkdir()
+    for i, blocks in enumerate(np.random.default_rng(0).integers(0, 256, (12, 8, 8, 3), np.uint8)):
+        Image.fromarray(blocks).resize((64, 64), 0).save(home / "images" / f"{i:03}.png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        for name in ("data", "runs", "reference"):
+            patch.setenv(f"REPRO_{name.upper()}", str(home / name))
+        yield home
+
+
+@pytest.fixture(scope="module")
+def trained(home):
+    """The run that `prepare` and `train` make of the 12 images."""
+    assert main(["prepare", "celeba64", "--source", str(home / "images"), "--workers", "1"]) == 0
+    assert main(["train", NAME, "--out", str(home / "runs" / NAME), *TINY]) == 0
+    return runs.load_run(NAME)
+
+
+@pytest.fixture
+def copied(trained, tmp_path, monkeypatch):
+    """The same run in a folder of its own, to be changed."""
+    shutil.copytree(trained.path, tmp_path / NAME)
+    monkeypatch.setenv("REPRO_RUNS", str(tmp_path))
+    return tmp_path / NAME
+
+
+def run(*arguments):
+    """The command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "repro", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+
+
+def refused(capsys, *arguments) -> str:
+    """The message of a command that ends with status 1; nothing but it is printed."""
+    capsys.readouterr()
+    assert main([*arguments]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.startswith("error: ") and printed.err.endswith("\n")
+    assert "Traceback" not in printed.err
+    return printed.err.removeprefix("error: ").rstrip("\n")
+
+
+def images_in(folder) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in sorted(Path(folder).iterdir())}
+
+
+# From images to a measured run ----------------------------------------------------------------------
+
+
+def test_options_change_the_preset_and_are_recorded(trained):
+    record = trained.record
+    assert record.images == 8 and record.config.name == NAME and len(trained.log) > 0
+    assert (record.data.name, record.data.count, record.data.held_out) == ("celeba64", 12, 3)
+    model, preset = record.config.model, PRESETS[NAME]
+    assert (model.channels, model.multipliers, model.attention, model.heads) == (32, (1, 1, 1), (), 1)
+    assert record.config.evaluate.at == () and record.config.sample.steps == 2
+    assert record.config.train.lr == preset.train.lr and record.config.weight == preset.weight
+
+
+def test_the_same_seeds_give_the_images_of_the_record_in_a_process_of_its_own(trained, tmp_path):
+    options = ["--seeds", "3", "6", "--batch", "2", "--device", "cpu", "--out", str(tmp_path / "drawn")]
+    done = run("sample", NAME, *options)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"3 images in {tmp_path / 'drawn'}\n"
+    drawn = images_in(tmp_path / "drawn")
+    assert list(drawn) == ["3.png", "4.png", "5.png"]
+    recorded = trained.samples()
+    assert recorded.shape == (64, 64, 64, 3)
+    for seed, image in zip(range(3, 6), drawn.values(), strict=True):
+        # one grey level: another batch size may round another way
+        assert np.abs(image.astype(int) - recorded[seed]).max() <= 1
+    assert np.abs(recorded[3].astype(int) - recorded[4]).mean() > 10
+
+
+def test_sample_takes_another_sampler_for_this_time_only(copied, tmp_path):
+    before = (copied / "run.json").read_bytes()
+    out = tmp_path / "drawn"
+    options = ["--seeds", "0", "2", "--device", "cpu"]
+    assert main(["sample", NAME, *options, "--out", str(out)]) == 0
+    assert main(["sample", NAME, *options, "--out", str(out / "more"), "--sample.steps", "4"]) == 0
+    few, more = np.asarray(Image.open(out / "0.png")), np.asarray(Image.open(out / "more" / "0.png"))
+    assert np.abs(few.astype(int) - more).max() > 1
+    assert (copied / "run.json").read_bytes() == before
+
+
+def test_sample_record_draws_the_grid_anew_and_records_how(copied):
+    old = runs.load_run(NAME)
+    assert main(["sample", NAME, "--record", "--sample.steps", "3", "--device", "cpu"]) == 0
+    new = runs.load_run(NAME)
+    assert (old.record.samples.sample.steps, new.record.samples.sample.steps) == (2, 3)
+    assert old.record.samples.sha256 != new.record.samples.sha256
+    assert (new.record.samples.rows, new.record.samples.cols) == (8, 8)
+    assert new.check_samples(2)["seeds"] == [0, 32]  # its hash, and that the weights draw these images
+    assert new.record.weights == old.record.weights and new.record.config == old.record.config
+
+
+def test_evaluate_prints_and_records_unless_told_not_to(copied, home, capsys):
+    options = ["--evaluate.samples", "4", "--precision", "fp32", "--device", "cpu", "--batch", "3"]
+    capsys.readouterr()
+    assert main(["evaluate", NAME, *options, "--no-record"]) == 0
+    said = r"FD \(EfficientNet-Lite0\): (\d+\.\d{4}), 4 samples from seed 1000000"
+    (only,) = re.findall(said, capsys.readouterr().out)
+    assert not (copied / "metrics.jsonl").exists()
+    assert len(list((home / "reference").glob("celeba64-*-efficientnet_lite0.npz"))) == 1
+
+    assert main(["evaluate", NAME, *options, "--neighbours"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(said, out) == [only] and "nearest training image: " in out
+    distance, nearest = runs.load_run(NAME).metrics
+    assert distance["value"] == pytest.approx(float(only), abs=1e-4)
+    assert "FD (EfficientNet-Lite0)" in paper.describe_metric(distance, run=NAME)
+    assert (distance["samples"], distance["steps"], distance["images"]) == (4, 2, 8)
+    assert nearest["held_out"] == 3
+    assert runs.load_run(NAME).distances(runs.load_run(NAME).config.sample) == [distance]
+
+
+# Help -----------------------------------------------------------------------------------------------
+
+
+def helped(capsys, *arguments) -> str:
+    """What a command prints when it ends well, by returning or by exiting."""
+    capsys.readouterr()
+    try:
+        status = main([*arguments])
+    except SystemExit as end:
+        status = end.code
+    assert status == 0
+    return capsys.readouterr().out
+
+
+def test_help_names_every_command(capsys):
+    for arguments in ([], ["--help"], ["-h"]):
+        text = helped(capsys, *arguments)
+        for command in ("prepare", "train", "sample", "evaluate", "render", "presets"):
+            assert f"• {command} " in text
+
+
+HELP = {
+    "prepare": ("--source DIR_OR_TAR", "--on-corrupt {error,skip}", "{celeba64,imagenet64}"),
+    "train": ("train PRESET [options]", "train PRESET --help", ", ".join(PRESETS)),
+    "sample": ("sample RUN [options]", "--seeds 0 64"),
+    "evaluate": ("evaluate RUN [options]", "--evaluate.samples 10000"),
+    "render": ("NAME=VALUE", "--force", "--list"),
+    "presets": ("List the runs that can be trained",),
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_of_every_command(capsys, command):
+    text = helped(capsys, command, "--help")
+    assert f"python -m repro {command}" in text
+    for part in HELP[command]:
+        assert part in text
+
+
+def test_help_of_a_preset_and_of_a_run_has_their_own_defaults(capsys, trained):
+    def default(text, option):
+        return re.search(rf"{option} .*?\(default: ([^)]*)\)", re.sub(r"[\s│]+", " ", text))[1]
+
+    text = helped(capsys, "train", NAME, "--help")
+    assert default(text, "--train.lr FLOAT") == "0.0004"
+    assert default(text, "--model.multipliers") == "1 2 3 4"
+    assert default(helped(capsys, "train", "paper/celeba64-unet", "--help"), "--train.lr FLOAT") == "0.0002"
+    for command in ("sample", "evaluate"):
+        assert default(helped(capsys, command, NAME, "--help"), "--sample.steps INT") == "2"
+
+
+def test_presets_lists_all(capsys):
+    text = helped(capsys, "presets")
+    assert [line for line in text.splitlines() if not line.startswith(" ")] == list(PRESETS)
+    assert "celeba64, unet, eps, min_snr 5, 9M images" in text
+
+
+def test_render_lists_the_outputs(capsys):
+    assert "fig9_celeba64_unet" in helped(capsys, "render", "--list").split()
+
+
+# Errors ---------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_preset_is_one_line_in_a_process_of_its_own(home):
+    done = run("train", "lab/celeba64-unte")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "error: there is no preset 'lab/celeba64-unte'. Near ones: lab/celeba64-unet, paper/celeba64-unet. "
+        "All: python -m repro presets\n"
+    )
+
+
+@pytest.mark.parametrize("command", ["sample", "evaluate"])
+def test_an_unknown_run_lists_the_near_ones(capsys, trained, command):
+    message = refused(capsys, command, "lab/celeba-unet")
+    assert message.startswith(f"there is no recorded run lab/celeba-unet in {trained.path.parents[1]}. ")
+    assert f"Near names: {NAME}. To make it: python -m repro train lab/celeba-unet" in message
+    assert "there is no recorded run  in" in refused(capsys, command, "")
+
+
+def test_a_data_set_that_is_not_prepared_names_the_command(capsys, home, tmp_path, monkeypatch):
+    out = ["--out", str(tmp_path / "out")]
+    message = refused(capsys, "train", NAME, *out, "--data-root", str(tmp_path), *TINY)
+    monkeypatch.setenv("REPRO_DATA", str(home / "data"))  # --data-root has set it
+    assert f"'celeba64' is not prepared in {tmp_path} (there: none)" in message
+    assert "Run: python -m repro prepare celeba64 --source FOLDER_OR_TAR\nor set REPRO_DATA" in message
+    assert not (tmp_path / "out").exists()
+
+
+def exits(capsys, *arguments) -> str:
+    """What a command that is misspelt prints; its status is 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main([*arguments])
+    assert end.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "Traceback" not in printed.err
+    return re.sub(r"[\s│]+", " ", printed.err)
+
+
+def test_a_misspelt_option_names_the_near_ones(capsys, trained):
+    text = exits(capsys, "train", NAME, "--train.learning-rate", "1")
+    assert "Unrecognized options: --train.learning-rate" in text
+    text = exits(capsys, "train", NAME, "--train.imags", "1")
+    assert "Perhaps you meant: --train.images INT" in text
+    assert "Perhaps you meant: --neighbours" in exits(capsys, "evaluate", NAME, "--neighbors")
+    assert "Unrecognized options: trian" in exits(capsys, "trian", NAME)
+    assert "prepare, train, sample, evaluate, render, presets" in exits(capsys, "trian", NAME)
+
+
+def test_bad_values_are_named(capsys):
+    assert "must be positive" in exits(capsys, "train", NAME, "--train.images", "-5")
+    assert "--train.lr" in exits(capsys, "train", NAME, "--train.lr", "fast")
+    assert "cosine_vp" in exits(capsys, "train", NAME, "--schedule.name", "cosine")
+    assert "invalid choice 'celeba'" in exits(capsys, "prepare", "celeba", "--source", ".")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["sample", NAME, "--seeds", "5", "5"], "--seeds 5 5 is no range"),
+        (["sample", NAME, "--seeds", "-1", "3"], "--seeds -1 3 is no range"),
+        (["sample", NAME, "--seeds", "0", str(2**31 + 1)], "is no range: give the first seed, at least 0"),
+        (["sample", NAME, "--batch", "0"], "--batch 0: give at least 1 image at a time"),
+        (["evaluate", NAME, "--batch", "-2"], "--batch -2: give at least 1 image at a time"),
+        (
+            ["evaluate", NAME, "--evaluate.samples", "1"],
+            "--evaluate.samples 1: a covariance needs at least 2",
+        ),
+        (["sample", NAME, "--device", "cuda"], "the device cuda was asked for, but torch sees no GPU"),
+    ],
+)
+def test_impossible_requests_are_refused_before_anything_is_drawn(
+    capsys, trained, monkeypatch, arguments, message
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert message in refused(capsys, *arguments)
+    assert not (Path.cwd() / "samples").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate"])
+def test_a_command_without_its_name_does_nothing_and_says_so(capsys, command):
+    for arguments in ([], ["--device", "cpu"], ["--device", "cpu", NAME]):
+        assert main([command, *arguments]) == 2
+        assert f"usage: python -m repro {command} " in capsys.readouterr().out
+
+
+def test_evaluate_without_data_or_reference_names_the_command(capsys, copied, tmp_path, monkeypatch):
+    for name in ("DATA", "REFERENCE"):
+        monkeypatch.setenv(f"REPRO_{name}", str(tmp_path / "nothing"))
+    assert main(["evaluate", NAME, "--evaluate.samples", "2", "--device", "cpu"]) == 1
+    assert "Run: python -m repro prepare celeba64" in capsys.readouterr().err
+    assert not (copied / "metrics.jsonl").exists()
+
+
+def test_damaged_weights_are_named(capsys, copied):
+    (path,) = copied.glob("weights-*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert f"{path} is damaged" in refused(capsys, "sample", NAME, "--device", "cpu")
+    record = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**record, "sed": 1}))
+    assert "run.json does not fit this version of the package: sed: " in refused(capsys, "sample", NAME)
+
+
+def test_an_interrupt_ends_with_status_130(capsys, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("repro.__main__.preset", interrupted)
+    assert main(["train", NAME]) == 130
+    assert capsys.readouterr().err == "stopped\n"
