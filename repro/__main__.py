@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
+from pydantic import ValidationError
 
 from repro import config
 from repro.files import ReproError
@@ -81,7 +82,10 @@ def train(name: str, arguments: list[str]) -> None:
 
     if options.data_root:
         os.environ["REPRO_DATA"] = str(options.data_root)
-    folder = run_training(options.run, options.out or Path("runs") / name, options.device)
+    run, out = options.run, options.out or Path("runs") / name
+    if out.name != name.split("/")[1]:  # a run of its own, not the preset
+        run = replace(run, name=f"{name.split('/')[0]}/{out.name}", note=f"After the preset {name}.")
+    folder = run_training(run, out, options.device)
     if os.environ.get("RANK", "0") == "0":
         print(f"recorded in {folder}")
 
@@ -113,7 +117,7 @@ def sample(name: str, arguments: list[str]) -> None:
     from repro import train as training
 
     recorded = runs.load_run(name)
-    options = _parse("sample", name, SampleOptions(sample=recorded.config.sample), arguments)
+    options = _parse("sample", name, SampleOptions(sample=recorded.sample), arguments)
     first, end = options.seeds
     if not 0 <= first < end <= 2**31:
         raise ReproError(
@@ -124,8 +128,9 @@ def sample(name: str, arguments: list[str]) -> None:
     if options.record:
         samples = recorded.record.samples
         grid = (samples.rows, samples.cols) if samples else (8, 8)
-        training.record_samples(recorded.path, recorded.record, grid, place.device, options.sample)
-        print(f"recorded {recorded.path / 'samples.png'}")
+        if place.first:
+            training.record_samples(recorded.path, recorded.record, grid, place.device, options.sample)
+            print(f"recorded {recorded.path / 'samples.png'}")
         return
     out = options.out or Path("samples") / recorded.config.name
     chosen = list(range(first, end))[place.rank :: place.world]
@@ -170,7 +175,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
     from repro import train as training
 
     recorded = runs.load_run(name)
-    default = EvaluateOptions(sample=recorded.config.sample, evaluate=recorded.config.evaluate)
+    default = EvaluateOptions(sample=recorded.sample, evaluate=recorded.config.evaluate)
     options = _parse("evaluate", name, default, arguments)
     _check_batch(options.batch)
     if options.evaluate.samples < 2:
@@ -279,6 +284,10 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             _usage(command)()
             return 0 if {"-h", "--help"} & {*rest} else 2  # nothing was done
+    except ValidationError as error:  # of a configuration
+        problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        print(f"error: {problems}", file=sys.stderr)
+        return 1
     except ReproError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -128,6 +128,18 @@ class Sample:
     guidance_interval: tuple[float, float] | None = None
     """Guide only where sigma lies in this closed interval."""
 
+    @model_validator(mode="after")
+    def _no_option_without_effect(self):
+        if self.eta and self.sampler != "ancestral":
+            raise ValueError(f"eta is an option of the ancestral sampler; {self.sampler} has none")
+        if self.churn and self.sampler != "heun":
+            raise ValueError(f"churn is an option of the heun sampler; {self.sampler} has none")
+        if self.guidance_interval and self.guidance == 1:
+            raise ValueError("guidance 1 is off: a guidance_interval has no effect on it")
+        if self.steps < 2:
+            raise ValueError(f"a sampler needs at least 2 steps, not {self.steps}")
+        return self
+
 
 @dataclass(frozen=True, config=strict)
 class Evaluate:
@@ -194,6 +206,18 @@ class Config:
     evaluate: Evaluate = Evaluate()
     note: str = ""
     """What a reader must know about this run."""
+
+    @model_validator(mode="after")
+    def _parts_fit_each_other(self):
+        if self.train.label_drop and not (self.data.classes and self.model.null_class):
+            raise ValueError("train.label_drop needs data.classes and model.null_class")
+        if self.model.kind == "vit" and self.schedule.name == "edm":
+            raise ValueError("a vit's time table needs a schedule of counted steps, not edm")
+        if self.model.kind == "vit" and self.model.time_rows < self.schedule.steps:
+            raise ValueError(
+                f"model.time_rows is {self.model.time_rows}, too few for {self.schedule.steps} schedule.steps"
+            )
+        return self
 
 
 _adapter = TypeAdapter(Config)

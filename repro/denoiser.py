@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from repro import schedules, weights
+from repro.files import ReproError
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ V = Parameterization(
 def edm(sigma_data: float = 0.5) -> Parameterization:
     """EDM's preconditioning (Karras et al. 2022, Table 1) for data of standard deviation `sigma_data`."""
     if sigma_data <= 0:
-        raise ValueError(f"sigma_data must be positive, not {sigma_data}")
+        raise ReproError(f"sigma_data must be positive, not {sigma_data}")
 
     def coefficients(s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         total = s**2 + sigma_data**2
@@ -97,10 +98,10 @@ def edm(sigma_data: float = 0.5) -> Parameterization:
 
 
 def parameterization(name: str, sigma_data: float = 0.5) -> Parameterization:
-    """The parameterization of that name: x0, eps, v or edm. Raises `ValueError` for any other."""
+    """The parameterization of that name: x0, eps, v or edm. Raises `ReproError` for any other."""
     known = {"x0": X0, "eps": EPS, "v": V, "edm": edm(sigma_data)}
     if name not in known:
-        raise ValueError(f"unknown parameterization {name!r}; known are {', '.join(known)}")
+        raise ReproError(f"unknown parameterization {name!r}; known are {', '.join(known)}")
     return known[name]
 
 

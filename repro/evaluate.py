@@ -145,12 +145,15 @@ def feature_network(name: str, device: str | torch.device = "cpu") -> nn.Module:
 class Moments:
     """Mean and covariance of features seen in any number of batches, in float64.
 
-    Sums are kept about the first batch's mean, so that a large common offset costs no digits.
+    Sums are kept about `origin`, by default the first batch's mean, so that a large common offset costs
+    no digits. Moments about the same origin can be added up over processes.
     """
 
-    def __init__(self, dimension: int, device: str | torch.device = "cpu"):
+    def __init__(
+        self, dimension: int, device: str | torch.device = "cpu", origin: Float[Tensor, " d"] | None = None
+    ):
         self.count = 0
-        self.origin: Tensor | None = None
+        self.origin = None if origin is None else origin.to(device, torch.float64)
         self.sum = torch.zeros(dimension, dtype=torch.float64, device=device)
         self.outer = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
 
@@ -169,16 +172,11 @@ class Moments:
         self.outer += centred.T @ centred
 
     def all_reduce(self) -> None:
-        """Join the moments of all processes (same origin needed: call `share_origin` first)."""
+        """Join the moments of all processes, which must have been given the same origin."""
         count = torch.tensor(float(self.count), device=self.sum.device, dtype=torch.float64)
         for tensor in (count, self.sum, self.outer):
             torch.distributed.all_reduce(tensor)
         self.count = int(count)
-
-    def share_origin(self, features: Float[Tensor, "n d"]) -> None:
-        """Take the first process's origin, so that the sums of all processes can be added."""
-        self.origin = features.to(self.sum).mean(0)
-        torch.distributed.broadcast(self.origin, 0)
 
     def statistics(self) -> tuple[Float[Tensor, " d"], Float[Tensor, "d d"]]:
         """Mean and unbiased covariance, float64. Raises `ReproError` for fewer than two images."""
@@ -248,13 +246,7 @@ def reference(
     """
     path = reference_path(dataset, fingerprint, features)
     if not path.exists():
-        real = data.load(dataset)
-        if real.manifest["fingerprint"] != fingerprint:
-            raise ReproError(
-                f"the run was trained on other pixels than the prepared {dataset} (fingerprint "
-                f"{fingerprint[:8]}, prepared is {real.manifest['fingerprint'][:8]}), and {path} is missing. "
-                f"Prepare the same images and set REPRO_DATA to their folder."
-            )
+        real = load_same(dataset, fingerprint)
         network = feature_network(features, device)
         moments, even, odd = (Moments(network.dimension, device) for _ in range(3))
         for batch_features in features_of(network, batches(real.images, batch, device)):
@@ -278,7 +270,7 @@ def reference(
         count, halves, recorded = int(stored["count"]), float(stored["halves"]), str(stored["fingerprint"])
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise ReproError(
-            f"{path} is damaged or of an earlier version ({error!r}); restore it, or remove it to make it anew"
+            f"{path} is damaged or of an earlier version ({error!r}); restore it, or remove it to renew it"
         ) from error
     if recorded != fingerprint:
         raise ReproError(
@@ -294,6 +286,18 @@ def reference(
 def _save_npz(path: str, values: dict) -> None:
     with open(path, "wb") as file:
         np.savez(file, **values)
+
+
+def load_same(dataset: str, fingerprint: str) -> data.Dataset:
+    """The prepared data set of that name; raises `ReproError` where its pixels are not those meant."""
+    real = data.load(dataset)
+    if real.manifest["fingerprint"] != fingerprint:
+        raise ReproError(
+            f"the prepared {dataset} holds other pixels (fingerprint {real.manifest['fingerprint'][:8]}) "
+            f"than the run was trained on ({fingerprint[:8]}). Prepare the same images and set REPRO_DATA to "
+            f"their folder."
+        )
+    return real
 
 
 def batches(images: np.ndarray, batch: int, device: str | torch.device) -> Iterable[UInt8[Tensor, "n 3 h w"]]:
@@ -342,17 +346,16 @@ def evaluate(
         (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
     )
     seeds = range(how.first_seed, how.first_seed + how.samples)[rank::world]
-    moments = Moments(network.dimension, device)
+    moments = Moments(network.dimension, device, origin=known.mean)
     kept = []
     for batch_features in features_of(
         network, sample.generate(denoiser, run, seeds, batch, device, precision)
     ):
-        if distributed and moments.origin is None:
-            moments.share_origin(batch_features)
         moments.add(batch_features)
         kept.append(batch_features.cpu())
     if distributed:
         moments.all_reduce()
+    if distributed and neighbours:
         shares = [None] * world
         torch.distributed.all_gather_object(shares, kept)
         kept = [part for share in shares for part in share]
@@ -372,13 +375,13 @@ def evaluate(
         "precision": precision,
         "reference": known.describe(),
         "device": device_name(device),
-        "code": provenance.code_version("import repro.evaluate"),
+        "code": provenance.code_version("import repro.train"),
     }
     lines = [
         {"name": network.title, "value": value, **about, "seconds": round(time.perf_counter() - began, 1)}
     ]
     if neighbours:
-        found = nearest_training_images(torch.cat(kept).to(device), network, run, device)
+        found = nearest_training_images(torch.cat(kept).to(device), network, run, fingerprint, device)
         lines.append({"name": "nearest training image", **found, **about})
     return lines
 
@@ -388,16 +391,21 @@ QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)
 
 @torch.no_grad()
 def nearest_training_images(
-    generated: Float[Tensor, "n d"], network: nn.Module, run: config.Config, device: str | torch.device
+    generated: Float[Tensor, "n d"],
+    network: nn.Module,
+    run: config.Config,
+    fingerprint: str,
+    device: str | torch.device,
 ) -> dict:
     """How far generated and held-out images are from their nearest training images, in feature space.
 
     Training images count mirrored too where the run mirrored them. A network that copies its
     training images draws samples far closer to them than held-out images are. Gives quantiles of
     both distances, their ratio at the median, and the share of samples closer than 99% of the
-    held-out images.
+    held-out images. Raises `ReproError` where the prepared data do not have `fingerprint`, or no
+    images are held out.
     """
-    real = data.load(run.data.name)
+    real = load_same(run.data.name, fingerprint)
     train, held_out = data.holdout_split(len(real.images), run.data.holdout)
     if len(held_out) == 0:
         raise ReproError(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-class ReproError(Exception):
+class ReproError(ValueError):
     """Something the user can mend; the message says what to do. Shown without a traceback."""
 
 
@@ -69,9 +71,17 @@ def sha256(path: str | Path) -> str:
 
 def append_line(path: str | Path, values: dict) -> None:
     """Append `values` as one line of JSON; NaN is an error."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        file.write(json.dumps(values, allow_nan=False) + "\n")
+    path = Path(path)
+    line = json.dumps(values, allow_nan=False) + "\n"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+        with open(path, "ab") as file:
+            if whole[2]:  # a killed process cut its last line
+                file.truncate(len(whole[0]) + len(whole[1]))
+            file.write(line.encode())
+    except OSError as error:
+        raise ReproError(f"cannot append to {path}: {error}. Free some space and run again.") from error
 
 
 def read_lines(path: str | Path) -> list[dict]:
@@ -92,3 +102,19 @@ def read_lines(path: str | Path) -> list[dict]:
                 f"{path}, line {number}, is not JSON ({error}); restore the file from git."
             ) from error
     return lines
+
+
+@contextmanager
+def lock(folder: str | Path) -> Iterator[None]:
+    """Keep other processes from working in `folder` meanwhile.
+
+    Raises `ReproError` where another process works in it.
+    """
+    with open(Path(folder) / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ReproError(
+                f"another process is working in {folder}; wait for it, or choose another folder"
+            ) from error
+        yield

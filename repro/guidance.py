@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from repro.files import ReproError
+
 LabelledDenoiser = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -19,18 +21,18 @@ def cfg(denoise: LabelledDenoiser, scale: float, null_label: int | None) -> Labe
 
     Scale 1 is off and returns `denoise` itself: one network call a step instead of two halves of a
     doubled batch. Scale 0 is the unconditional denoiser. `null_label` is the class that means "no
-    label"; without one (an unconditional network) any scale but 1 raises `ValueError`.
+    label"; without one (an unconditional network) any scale but 1 raises `ReproError`.
     """
     if scale == 1:
         return denoise
     if null_label is None:
-        raise ValueError(f"guidance {scale} needs a network with classes and a null class; use guidance 1")
+        raise ReproError(f"guidance {scale} needs a network with classes and a null class; use guidance 1")
 
     def guided(
         x: Float[Tensor, "n c h w"], sigma: Float[Tensor, " *n"], labels: Int[Tensor, " n"] | None
     ) -> Float[Tensor, "n c h w"]:
         if labels is None:
-            raise ValueError(f"guidance {scale} needs labels")
+            raise ReproError(f"guidance {scale} needs labels")
         both = torch.cat([labels, torch.full_like(labels, null_label)])
         twice = sigma if sigma.ndim == 0 else torch.cat([sigma, sigma])
         D_labels, D_null = denoise(torch.cat([x, x]), twice, both).chunk(2)
@@ -48,7 +50,7 @@ def interval(
     interval. sigma must be one number for the whole batch, as samplers give it.
     """
     if not 0 <= low <= high:
-        raise ValueError(f"need 0 <= low <= high; got {low}, {high}")
+        raise ReproError(f"need 0 <= low <= high; got {low}, {high}")
 
     def limited(
         x: Float[Tensor, "n c h w"], sigma: Float[Tensor, ""], labels: Int[Tensor, " n"] | None

@@ -37,7 +37,7 @@ FIGURES = provenance.ROOT / "paper" / "figures.toml"
 
 KERNEL = "python3"
 
-FOLDERS = ("REPRO_DATA", "REPRO_RUNS")
+FOLDERS = ("REPRO_DATA", "REPRO_REFERENCE", "REPRO_RUNS")
 """Environment variables that say where a notebook's inputs lie."""
 
 

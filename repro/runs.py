@@ -67,6 +67,8 @@ class Samples:
     sample: config.Sample
     precision: str
     device: str
+    code: str = "unknown"
+    """Content hash of the library that drew them."""
 
 
 @dataclass(frozen=True, config=config.strict)
@@ -171,6 +173,11 @@ class Run:
         tiles = grid.reshape(recorded.rows, height, recorded.cols, width, 3).swapaxes(1, 2)
         return tiles.reshape(-1, height, width, 3)
 
+    @property
+    def sample(self) -> config.Sample:
+        """How images of this run are drawn: as the recorded samples were, else as configured."""
+        return self.record.samples.sample if self.record.samples else self.config.sample
+
     def draw(
         self, seeds: Sequence[int], how: config.Sample | None = None, device: str | torch.device = "cpu"
     ) -> UInt8[np.ndarray, "n h w 3"]:
@@ -178,7 +185,7 @@ class Run:
 
         how: by default as the recorded samples were drawn.
         """
-        how = how or (self.record.samples.sample if self.record.samples else self.config.sample)
+        how = how or self.sample
         denoiser = self.denoiser(device)
         images = list(sample.generate(denoiser, self.config, seeds, min(64, len(seeds)), device, sample=how))
         return torch.cat(images).permute(0, 2, 3, 1).cpu().numpy()
@@ -207,12 +214,19 @@ class Run:
     def distances(self, how: config.Sample, samples: int | None = None) -> list[dict]:
         """Lines of metrics.jsonl that are Fréchet distances of images drawn as `how` says, by images seen.
 
-        samples: how many were drawn; by default as the run's configuration says.
+        samples: how many were drawn; by default as the run's configuration says. Only lines on the run's
+        own feature network; of several at the same number of images, the last.
         """
         wanted = config.sample_json(how)
         samples = samples or self.config.evaluate.samples
-        found = [m for m in self.metrics if m.get("sample") == wanted and m.get("samples") == samples]
-        return sorted((m for m in found if m["name"].startswith(("FD", "FID"))), key=lambda m: m["images"])
+        last = {
+            line["images"]: line
+            for line in self.metrics
+            if line["name"].startswith(("FD", "FID"))
+            and (line["sample"], line["samples"]) == (wanted, samples)
+            and line["features"] == self.config.evaluate.features
+        }
+        return [last[images] for images in sorted(last)]
 
 
 def root_folder(root: str | Path | None = None) -> Path:
@@ -263,18 +277,18 @@ def write_record(path: Path, record: Record) -> None:
     files.write_json(path / "run.json", _record.dump_python(record, mode="json"))
 
 
-def build(config: config.Config) -> denoiser.Denoiser:
-    """The network that `config` describes, freshly initialised, as a denoiser."""
-    network = {"unet": ADMUNet, "vit": ViT}[config.model.kind]
-    net = network(config.model, config.data.resolution, config.data.channels, config.data.classes)
+def build(run: config.Config) -> denoiser.Denoiser:
+    """The network that `run` describes, freshly initialised, as a denoiser."""
+    network = {"unet": ADMUNet, "vit": ViT}[run.model.kind]
+    net = network(run.model, run.data.resolution, run.data.channels, run.data.classes)
     return denoiser.Denoiser(
         net,
-        schedules.from_config(config.schedule),
-        denoiser.parameterization(config.parameterization, config.sigma_data),
+        schedules.from_config(run.schedule),
+        denoiser.parameterization(run.parameterization, run.sigma_data),
     )
 
 
-def save_weights(path: Path, state: dict[str, torch.Tensor], config: config.Config) -> dict[str, str]:
+def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config) -> dict[str, str]:
     """Write `state` as float16 safetensors files of at most 15 MiB, and return the SHA-256 of each.
 
     The configuration is in each header, so that the weights alone can be used. Files of an earlier
@@ -296,7 +310,7 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], config: config.Conf
             size = 0
         shards[-1][name] = tensor
         size += tensor.numel() * 2
-    header = {"config": json.dumps(to_plain(config)), "format": "pt"}
+    header = {"config": json.dumps(config.to_json(run))}  # one entry: safetensors writes several in any order
     hashes = {}
     for number, shard in enumerate(shards, start=1):
         name = f"weights-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -317,11 +331,6 @@ def save_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"], rows: int, co
     grid = Image.fromarray(tiles.reshape(rows * height, cols * width, 3))
     files.replace_atomic(path / "samples.png", lambda temporary: grid.save(temporary, format="PNG"))
     return files.sha256(path / "samples.png")
-
-
-def to_plain(config_: config.Config) -> dict:
-    """The configuration as JSON values."""
-    return config.to_json(config_)
 
 
 def differences(one: config.Config, other: config.Config) -> list[str]:

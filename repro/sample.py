@@ -10,6 +10,7 @@ from torch import Tensor
 
 from repro import config, guidance, samplers, schedules
 from repro.denoiser import Denoiser
+from repro.files import ReproError
 
 LABEL_SEEDS = 2**31
 """Added to a seed for its label's generator. torch's CPU generator looks at the low 32 bits of a seed
@@ -18,7 +19,7 @@ only, so sample seeds are kept below this number and labels share no generator w
 
 def _generator(seed: int, offset: int = 0) -> torch.Generator:
     if not 0 <= seed < LABEL_SEEDS:
-        raise ValueError(f"a sample seed must lie in [0, 2**31), not {seed}")
+        raise ReproError(f"a sample seed must lie in [0, 2**31), not {seed}")
     return torch.Generator().manual_seed(seed + offset)
 
 
@@ -26,7 +27,7 @@ class SeedNoise:
     """Standard normal noise with one CPU generator per sample seed.
 
     Each call gives the next draw, [n, *shape] float32 on `device`: image i depends on seeds[i] alone.
-    A GPU's generator would differ between GPU models and batch sizes. Raises `ValueError` for a seed
+    A GPU's generator would differ between GPU models and batch sizes. Raises `ReproError` for a seed
     outside [0, 2**31).
     """
 
@@ -94,7 +95,7 @@ def generate(
     repeating its last seed and cut again, since a compiled network has fixed shapes.
     """
     if precision not in ("fp32", "bf16"):
-        raise ValueError(f"unknown precision {precision!r}; known are fp32, bf16")
+        raise ReproError(f"unknown precision {precision!r}; known are fp32, bf16")
     seeds = list(seeds)
     sample = sample or run.sample
     shape = (run.data.channels, run.data.resolution, run.data.resolution)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
 
+from repro.files import ReproError
+
 Denoise = Callable[[Tensor, Tensor], Tensor]
 FreshNoise = Callable[[], Tensor]
 
@@ -59,11 +61,11 @@ def ancestral(
 
     Song et al. 2021, Eq. 12 and 16, divided by alpha: from s to s' the noise put back has standard
     deviation sigma_up = eta * (s' / s) * sqrt(s^2 - s'^2), and the rest, sigma_down, keeps the
-    total at s'. At eta = 0 this is Euler's method on EDM's ODE. Raises `ValueError` for eta above 1,
+    total at s'. At eta = 0 this is Euler's method on EDM's ODE. Raises `ReproError` for eta above 1,
     where the noise put back can exceed s'.
     """
     if eta > 1:
-        raise ValueError(f"eta must lie in [0, 1], got {eta}")
+        raise ReproError(f"eta must lie in [0, 1], got {eta}")
     _check(sigmas, eta, fresh_noise)
     x, sigmas = x.double(), sigmas.double()
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
@@ -78,8 +80,8 @@ def ancestral(
 
 def _check(sigmas: Tensor, stochastic: float, fresh_noise: FreshNoise | None) -> None:
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas.diff() > 0).any() or sigmas[-2] <= 0:
-        raise ValueError("sigmas must descend and end in a single 0")
+        raise ReproError("sigmas must descend and end in a single 0")
     if stochastic < 0:
-        raise ValueError(f"churn and eta must not be negative, got {stochastic}")
+        raise ReproError(f"churn and eta must not be negative, got {stochastic}")
     if stochastic > 0 and fresh_noise is None:
-        raise ValueError("a stochastic sampler needs fresh_noise")
+        raise ReproError("a stochastic sampler needs fresh_noise")

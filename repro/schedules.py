@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from repro import config
+from repro.files import ReproError
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class DiscreteVP:
     def __post_init__(self):
         sigmas = self.sigmas
         if not (torch.isfinite(sigmas).all() and (sigmas > 0).all() and (sigmas.diff() > 0).all()):
-            raise ValueError("the sigmas of a schedule must be positive, finite and ascending")
+            raise ReproError("the sigmas of a schedule must be positive, finite and ascending")
 
     @property
     def sigma_min(self) -> float:
@@ -108,7 +109,7 @@ def linear_vp(steps: int = 1000, first_beta: float = 1e-4, last_beta: float = 0.
     """The linear schedule of Ho et al. 2020, its betas scaled by 1000 / steps."""
     betas = torch.linspace(first_beta, last_beta, steps, dtype=torch.float64) * (1000 / steps)
     if betas[-1] >= 1:
-        raise ValueError(f"linear_vp of {steps} steps has a beta of {float(betas[-1]):.2f}; use more steps")
+        raise ReproError(f"linear_vp of {steps} steps has a beta of {float(betas[-1]):.2f}; use more steps")
     return _from_alpha_bar((1 - betas).cumprod(0))
 
 
@@ -124,7 +125,7 @@ def karras_grid(
 ) -> Float[Tensor, " steps_and_zero"]:
     """EDM's grid (Karras et al. 2022, Eq. 5): [steps + 1] float64, sigma_max down to sigma_min, then 0."""
     if steps < 2 or not 0 < sigma_min < sigma_max:
-        raise ValueError(f"need steps >= 2, 0 < sigma_min < sigma_max; got {steps}, {sigma_min}, {sigma_max}")
+        raise ReproError(f"need steps >= 2, 0 < sigma_min < sigma_max; got {steps}, {sigma_min}, {sigma_max}")
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     grid = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
     return torch.cat([grid, grid.new_zeros(1)])

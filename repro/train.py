@@ -2,11 +2,13 @@
 
 Randomness is a function of (seed, step): data order, noise levels, noise, flips and dropped labels
 are drawn for the whole batch and each process takes its share. So a resumed run, or one on another
-number of processes, sees the same numbers; on CPU a resumed run is bit for bit the uninterrupted one.
+number of processes, sees the same numbers (but for dropout, which each process draws for itself); on
+CPU a resumed run is bit for bit the uninterrupted one.
 """
 
 from __future__ import annotations
 
+import atexit
 import copy
 import hashlib
 import json
@@ -16,6 +18,7 @@ import platform
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -82,16 +85,23 @@ class Place:
 
 
 def find_place(device: str | None = None) -> Place:
-    """This process's rank and device; joins the process group where `torchrun` started several."""
+    """This process's rank and device; joins the process group where `torchrun` started several.
+
+    float32 means float32 from here on: TF32, PyTorch's default for convolutions on a GPU, is off.
+    """
+    torch.backends.cudnn.allow_tf32 = False
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if torch.device(kind).type == "cuda" and not torch.cuda.is_available():
         raise ReproError(f"the device {kind} was asked for, but torch sees no GPU; use --device cpu")
     if world > 1:
+        if kind.startswith("cuda:"):
+            raise ReproError(f"--device {kind} would put all processes on one GPU; use --device cuda")
         if kind == "cuda":
             kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
             torch.cuda.set_device(kind)
         torch.distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
+        atexit.register(torch.distributed.destroy_process_group)
     return Place(rank, world, torch.device(kind))
 
 
@@ -171,8 +181,8 @@ def draw(run: config.Config, step: int, place: Place, generator: torch.Generator
 class Trainer:
     """Everything that a step changes, and how it is saved and restored."""
 
-    def __init__(self, run: config.Config, place: Place):
-        self.run, self.place = run, place
+    def __init__(self, run: config.Config, place: Place, fingerprint: str = ""):
+        self.run, self.place, self.fingerprint = run, place, fingerprint
         torch.manual_seed(seed_of(run.train.seed, "init"))
         self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
         self.net = self.denoiser.net
@@ -187,7 +197,9 @@ class Trainer:
         self.weight = weights.from_config(run.weight, self.denoiser.parameterization, run.sigma_data)
         self.step, self.seconds = 0, 0.0
 
-        mode = "reduce-overhead" if run.train.cuda_graphs else "default"
+        # not shown to work with DistributedDataParallel, whose hooks copy gradients out of the graphs' memory
+        graphs = run.train.cuda_graphs and place.world == 1
+        mode = "reduce-overhead" if graphs else "default"
         net = torch.compile(self.net, dynamic=False, mode=mode) if run.train.compile else self.net
         if place.world > 1:
             device_ids = [place.device.index] if place.device.type == "cuda" else None
@@ -222,8 +234,8 @@ class Trainer:
         elif train.label_drop:
             labels = torch.where(numbers.drop, self.run.data.classes, labels)
         y = y.contiguous(memory_format=torch.channels_last)
-        loss = self.loss(self.denoiser, y, numbers.noise, numbers.uniform, labels).mean()
         self.optimizer.zero_grad(set_to_none=True)
+        loss = self.loss(self.denoiser, y, numbers.noise, numbers.uniform, labels).mean()
         loss.backward()
         if train.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, train.grad_clip)
@@ -247,7 +259,12 @@ class Trainer:
         tensors |= {f"ema.{name}": parameter for name, parameter in self.ema.named_parameters()}
         plain = {name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
                  for name, tensor in tensors.items()}  # fmt: skip
-        about = {"step": self.step, "seconds": self.seconds, "config": config.to_json(self.run)}
+        about = {
+            "step": self.step,
+            "seconds": self.seconds,
+            "fingerprint": self.fingerprint,
+            "config": config.to_json(self.run),
+        }
         files.replace_atomic(
             path / STATE, lambda temporary: save_file(plain, temporary, {"about": json.dumps(about)})
         )
@@ -257,6 +274,12 @@ class Trainer:
         tensors = runs.load_shards(path / STATE)
         with safe_open(path / STATE, "pt") as file:
             about = json.loads(file.metadata()["about"])
+        if about["fingerprint"] != self.fingerprint:
+            raise ReproError(
+                f"{path / STATE} was trained on other pixels than the prepared {self.run.data.name} "
+                f"({about['fingerprint'][:8]} against {self.fingerprint[:8]}). Prepare the same images, or "
+                f"choose another --out."
+            )
         saved = config.from_json(about["config"])
         changed = [name for name in runs.differences(saved, self.run)
                    if name not in MAY_CHANGE and not name.startswith(("evaluate.", "sample."))]  # fmt: skip
@@ -295,9 +318,15 @@ def train(
     Raises `ReproError` for a data set that is not prepared or does not fit, a batch that does not
     divide among the processes, a state of other settings, and a loss that is not finite.
     """
-    out = Path(out)
-    place = find_place(device)
+    out, place = Path(out), find_place(device)
+    data.load(run.data.name)  # before a folder is made for it
+    out.mkdir(parents=True, exist_ok=True)
+    with files.lock(out) if place.first else nullcontext():
+        _train(run, out, place, grid)
+    return out
 
+
+def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int]) -> None:
     def say(text: str) -> None:
         if place.first:
             print(text, flush=True)
@@ -312,8 +341,7 @@ def train(
     real = data.load(run.data.name)
     check_data(run, real)
     trained_on, held_out = data.holdout_split(len(real.images), run.data.holdout)
-    trainer = Trainer(run, place)
-    out.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(run, place, data.verify(run.data.name))
     if (out / STATE).exists():
         trainer.load_state(out)
         say(f"{run.name}: going on from {trainer.images:,} images")
@@ -329,7 +357,7 @@ def train(
         config=run,
         data=runs.DataUsed(
             name=run.data.name,
-            fingerprint=real.manifest["fingerprint"],
+            fingerprint=trainer.fingerprint,
             count=len(real.images),
             trained_on=len(trained_on),
             held_out=len(held_out),
@@ -353,6 +381,9 @@ def train(
         for images in (run.train.log_every_images, run.train.state_every_images)
     )
     evaluations = {min(math.ceil(at / run.train.batch), total) for at in run.evaluate.at}
+    recorded = runs.read_record(out / "run.json").images if (out / "run.json").exists() else 0
+    if place.first and trainer.step in evaluations | {total} and recorded != trainer.images:
+        record_run(out, record, trainer.ema, grid, place.device)  # killed between the state and the record
     losses, began, logged_at, logged_images = [], time.perf_counter(), time.perf_counter(), trainer.images
     network = None
 
@@ -365,8 +396,12 @@ def train(
             step, images = trainer.step, trainer.images
             last, measure = step == total, step in evaluations
 
-            if step % log_every == 0 or last or measure:
-                loss = float(torch.stack(losses).mean())
+            save = measure or last or step % state_every == 0
+            if step % log_every == 0 or save:
+                loss = torch.stack(losses).mean()
+                if place.world > 1:
+                    torch.distributed.all_reduce(loss)
+                loss = float(loss) / place.world
                 speed = (images - logged_images) / (time.perf_counter() - logged_at)
                 if not math.isfinite(loss):
                     raise ReproError(
@@ -393,20 +428,17 @@ def train(
                     for line in lines + held_out_loss(trainer, real, trained_on, held_out):
                         write("metrics.jsonl", line)
                         say(f"{images:>12,} images  {line['name']}: {line['value']:.4f}")
-                if place.first:
-                    record = record_weights(out, record, trainer.ema)
-                    record = record_samples(out, record, grid, place.device)
                 began = logged_at = time.perf_counter()
-
-            if place.first and (step % state_every == 0 or last):
+            if save and place.first:
                 trainer.seconds += time.perf_counter() - began
                 trainer.save_state(out)
                 began = time.perf_counter()
+            if (measure or last) and place.first:  # after the state, so that the record is never ahead of it
+                record_run(out, record, trainer.ema, grid, place.device)
+                began = logged_at = time.perf_counter()
         upcoming.cancel()
     if place.world > 1:
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
-    return out
 
 
 def evaluation_batch(run: config.Config) -> int:
@@ -473,6 +505,13 @@ def held_out_loss(
     return lines
 
 
+def record_run(
+    out: Path, record: runs.Record, ema: nn.Module, grid: tuple[int, int], device: torch.device
+) -> None:
+    """Record the averaged weights, and samples drawn from them."""
+    record_samples(out, record_weights(out, record, ema), grid, device)
+
+
 def record_weights(out: Path, record: runs.Record, ema: nn.Module) -> runs.Record:
     """Record the averaged weights, float16, and return the record with their hashes."""
     record = replace(record, weights=runs.save_weights(out, ema.state_dict(), record.config), samples=None)
@@ -495,10 +534,18 @@ def record_samples(
     rows, cols = grid
     images = runs.load_run(out).draw(range(rows * cols), how, device)
     image_hash = runs.save_samples(out, images, rows, cols)
-    name = evaluate.device_name(device)
-    record = replace(
-        record, samples=runs.Samples("samples.png", image_hash, rows, cols, 0, how, "fp32", name)
+    samples = runs.Samples(
+        file="samples.png",
+        sha256=image_hash,
+        rows=rows,
+        cols=cols,
+        first_seed=0,
+        sample=how,
+        precision="fp32",
+        device=evaluate.device_name(device),
+        code=provenance.code_version("import repro.train"),
     )
+    record = replace(record, samples=samples)
     runs.write_record(out, record)
     return record
 

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from repro import config
+from repro.files import ReproError
 
 if TYPE_CHECKING:
     from repro.denoiser import Parameterization
@@ -61,16 +62,16 @@ def edm(snr: Float[Tensor, " *n"], sigma_data: float = 0.5) -> Float[Tensor, " *
 def from_config(weight: config.Weight, parameterization: Parameterization, sigma_data: float = 0.5) -> Weight:
     """The weight that a configuration names, as a function of SNR alone.
 
-    Raises `ValueError` for an option that the weight does not have, and for a gamma or k that is not
+    Raises `ReproError` for an option that the weight does not have, and for a gamma or k that is not
     positive and finite: a number that is silently ignored would make two runs look different that are not.
     """
     takes = {"min_snr": ("gamma",), "soft_min_snr": ("gamma",), "p2": ("gamma", "k")}.get(weight.name, ())
     given = {key: value for key in ("gamma", "k") if (value := getattr(weight, key)) is not None}
     for key, value in given.items():
         if key not in takes:
-            raise ValueError(f"the weight {weight.name!r} has no {key}; leave it out")
+            raise ReproError(f"the weight {weight.name!r} has no {key}; leave it out")
         if not 0 < value < math.inf:
-            raise ValueError(f"{key} of the weight {weight.name!r} must be positive and finite, not {value}")
+            raise ReproError(f"{key} of the weight {weight.name!r} must be positive and finite, not {value}")
     if weight.name == "constant":
         return partial(constant, parameterization=parameterization)
     if weight.name == "edm":

@@ -268,9 +268,8 @@ def test_moments_of_two_processes_are_those_of_one(tmp_path):
     features = normal(50, 6) + 1000
 
     def work(rank):
-        moments = evaluate.Moments(6)
+        moments = evaluate.Moments(6, origin=features[0])
         mine = features[rank::2][: 25 - 4 * rank]  # of different numbers
-        moments.share_origin(mine[:8])
         for part in mine.split(8):
             moments.add(part)
         moments.all_reduce()
@@ -557,9 +556,9 @@ def test_halves_are_the_images_of_even_and_of_odd_position_for_any_batch(home, b
 
 def test_reference_of_missing_data_or_other_pixels_says_what_to_do(home, monkeypatch):
     other = "f" * 64
-    with pytest.raises(ReproError, match="trained on other pixels than the prepared celeba64") as error:
+    with pytest.raises(ReproError, match="the prepared celeba64 holds other pixels") as error:
         evaluate.reference("celeba64", other, "efficientnet_lite0")
-    assert f"fingerprint ffffffff, prepared is {fingerprint()[:8]}" in str(error.value)
+    assert f"(fingerprint {fingerprint()[:8]}) than the run was trained on (ffffffff)" in str(error.value)
     assert "set REPRO_DATA to their folder" in str(error.value)
     assert not (home / "reference").exists()
     monkeypatch.setenv("REPRO_DATA", str(home / "nowhere"))
@@ -599,7 +598,8 @@ def test_a_damaged_or_exchanged_reference_is_refused(home):
 
 def nearest(images, flip=True):
     run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, flip=flip))
-    return evaluate.nearest_training_images(Blocks()(torch.from_numpy(images)), Blocks(), run, "cpu")
+    features = Blocks()(torch.from_numpy(images))
+    return evaluate.nearest_training_images(features, Blocks(), run, fingerprint(), "cpu")
 
 
 def test_copies_of_training_images_are_told_from_new_images(home):
@@ -645,7 +645,12 @@ def test_mirrored_copies_are_new_images_to_a_run_that_mirrored_none(home):
 def test_nothing_to_compare_with_without_held_out_images(home):
     run = dataclasses.replace(RUN, data=config.Data("celeba64"))
     with pytest.raises(ReproError, match="lab/tiny holds out no images"):
-        evaluate.nearest_training_images(torch.zeros(1, 192), Blocks(), run, "cpu")
+        evaluate.nearest_training_images(torch.zeros(1, 192), Blocks(), run, fingerprint(), "cpu")
+
+
+def test_neighbours_among_other_pixels_are_refused(home):
+    with pytest.raises(ReproError, match="the prepared celeba64 holds other pixels"):
+        evaluate.nearest_training_images(torch.zeros(1, 192), Blocks(), RUN, "f" * 64, "cpu")
 
 
 # Evaluations ----------------------------------------------------------------------------------------

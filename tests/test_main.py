@@ -1,5 +1,6 @@
 """The command line: from images to a measured run, help for every command, and errors on one line."""
 
+import dataclasses
 import json
 import os
 import re
@@ -20,10 +21,12 @@ PROJECT = Path(__file__).parents[1]
 NAME = "lab/celeba64-unet"
 TINY = """
     --model.channels 32 --model.multipliers 1 1 1 --model.blocks 1 --model.attention
-    --model.head-channels None --model.heads 1 --data.holdout 3 --sample.steps 2
-    --train.images 8 --train.batch 4 --train.precision fp32 --train.no-compile
+    --model.head-channels None --model.heads 1 --data.holdout 3 --parameterization x0
+    --train.images 16 --train.batch 4 --train.precision fp32 --train.no-compile --train.lr 0.01
+    --train.warmup-images 0 --train.ema-halflife-images 1 --sample.sampler ancestral --sample.steps 2
     --evaluate.at --evaluate.samples 4 --device cpu
 """.split()
+"""A small network trained for four steps that are long enough for its images to differ."""
 
 
 @pytest.fixture(scope="module")
@@ -82,12 +85,13 @@ def images_in(folder) -> dict[str, np.ndarray]:
 
 def test_options_change_the_preset_and_are_recorded(trained):
     record = trained.record
-    assert record.images == 8 and record.config.name == NAME and len(trained.log) > 0
+    assert record.images == 16 and record.config.name == NAME and len(trained.log) > 0
     assert (record.data.name, record.data.count, record.data.held_out) == ("celeba64", 12, 3)
     model, preset = record.config.model, PRESETS[NAME]
     assert (model.channels, model.multipliers, model.attention, model.heads) == (32, (1, 1, 1), (), 1)
     assert record.config.evaluate.at == () and record.config.sample.steps == 2
-    assert record.config.train.lr == preset.train.lr and record.config.weight == preset.weight
+    assert record.config.train.lr == 0.01 and record.config.weight == preset.weight
+    assert record.config.train.grad_clip == preset.train.grad_clip
 
 
 def test_the_same_seeds_give_the_images_of_the_record_in_a_process_of_its_own(trained, tmp_path):
@@ -102,7 +106,7 @@ def test_the_same_seeds_give_the_images_of_the_record_in_a_process_of_its_own(tr
     for seed, image in zip(range(3, 6), drawn.values(), strict=True):
         # one grey level: another batch size may round another way
         assert np.abs(image.astype(int) - recorded[seed]).max() <= 1
-    assert np.abs(recorded[3].astype(int) - recorded[4]).mean() > 10
+    assert np.abs(recorded[3].astype(int) - recorded[4]).mean() > 5
 
 
 def test_sample_takes_another_sampler_for_this_time_only(copied, tmp_path):
@@ -118,12 +122,14 @@ def test_sample_takes_another_sampler_for_this_time_only(copied, tmp_path):
 
 def test_sample_record_draws_the_grid_anew_and_records_how(copied):
     old = runs.load_run(NAME)
+    samples = dataclasses.replace(old.record.samples, rows=2, cols=3)
+    runs.write_record(copied, dataclasses.replace(old.record, samples=samples))
     assert main(["sample", NAME, "--record", "--sample.steps", "3", "--device", "cpu"]) == 0
     new = runs.load_run(NAME)
     assert (old.record.samples.sample.steps, new.record.samples.sample.steps) == (2, 3)
     assert old.record.samples.sha256 != new.record.samples.sha256
-    assert (new.record.samples.rows, new.record.samples.cols) == (8, 8)
-    assert new.check_samples(2)["seeds"] == [0, 32]  # its hash, and that the weights draw these images
+    assert new.samples().shape == (6, 64, 64, 3)
+    assert new.check_samples(2)["seeds"] == [0, 3]  # its hash, and that the weights draw these images
     assert new.record.weights == old.record.weights and new.record.config == old.record.config
 
 
@@ -142,7 +148,7 @@ def test_evaluate_prints_and_records_unless_told_not_to(copied, home, capsys):
     distance, nearest = runs.load_run(NAME).metrics
     assert distance["value"] == pytest.approx(float(only), abs=1e-4)
     assert "FD (EfficientNet-Lite0)" in paper.describe_metric(distance, run=NAME)
-    assert (distance["samples"], distance["steps"], distance["images"]) == (4, 2, 8)
+    assert (distance["samples"], distance["steps"], distance["images"]) == (4, 2, 16)
     assert nearest["held_out"] == 3
     assert runs.load_run(NAME).distances(runs.load_run(NAME).config.sample) == [distance]
 
@@ -229,9 +235,9 @@ def test_an_unknown_run_lists_the_near_ones(capsys, trained, command):
 
 
 def test_a_data_set_that_is_not_prepared_names_the_command(capsys, home, tmp_path, monkeypatch):
+    monkeypatch.setenv("REPRO_DATA", str(home / "data"))  # so that it is put back: --data-root sets it
     out = ["--out", str(tmp_path / "out")]
     message = refused(capsys, "train", NAME, *out, "--data-root", str(tmp_path), *TINY)
-    monkeypatch.setenv("REPRO_DATA", str(home / "data"))  # --data-root has set it
     assert f"'celeba64' is not prepared in {tmp_path} (there: none)" in message
     assert "Run: python -m repro prepare celeba64 --source FOLDER_OR_TAR\nor set REPRO_DATA" in message
     assert not (tmp_path / "out").exists()

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from repro import config
+from repro.files import ReproError
 
 
 class GroupNorm(nn.Module):
@@ -29,7 +30,7 @@ class GroupNorm(nn.Module):
     def __init__(self, channels: int, groups: int = 32, eps: float = 1e-5):
         super().__init__()
         if channels % groups:
-            raise ValueError(f"{channels} channels cannot be split into {groups} groups of equal size")
+            raise ReproError(f"{channels} channels cannot be split into {groups} groups of equal size")
         self.groups, self.eps = groups, eps
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
@@ -122,7 +123,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, heads: int):
         super().__init__()
         if channels % heads:
-            raise ValueError(
+            raise ReproError(
                 f"{channels} channels cannot be split into {heads} attention heads of equal width"
             )
         self.heads = heads
@@ -145,7 +146,7 @@ class ADMUNet(nn.Module):
 
     x: [n, in_channels, resolution, resolution]. t: [n] float32, embedded by sines and cosines.
     labels: [n] in [0, classes], where `classes` itself is the null class; none means all null.
-    Raises `ValueError` for sizes that do not fit each other and for labels the network cannot take.
+    Raises `ReproError` for sizes that do not fit each other and for labels the network cannot take.
     """
 
     def __init__(
@@ -159,10 +160,10 @@ class ADMUNet(nn.Module):
         super().__init__()
         levels = len(config.multipliers)
         if resolution % 2 ** (levels - 1):
-            raise ValueError(f"a side of {resolution} pixels cannot be halved {levels - 1} times")
+            raise ReproError(f"a side of {resolution} pixels cannot be halved {levels - 1} times")
         sides = [resolution >> level for level in range(levels)]
         if missing := sorted(set(config.attention) - set(sides)):
-            raise ValueError(
+            raise ReproError(
                 f"no feature map has the side {missing} asked for in attention; there are {sides}"
             )
         self.channels, self.classes, self.null_class = config.channels, classes, config.null_class
@@ -185,7 +186,7 @@ class ADMUNet(nn.Module):
         def attention(channels: int) -> Attention:
             heads = config.heads or channels // config.head_channels
             if config.head_channels and channels % config.head_channels:
-                raise ValueError(f"{channels} channels do not divide into heads of {config.head_channels}")
+                raise ReproError(f"{channels} channels do not divide into heads of {config.head_channels}")
             return Attention(channels, heads)
 
         channels = widths[0]
@@ -234,10 +235,10 @@ class ADMUNet(nn.Module):
 
     def _embed(self, labels: Int[Tensor, " n"] | None, n: int) -> Float[Tensor, "n e"]:
         if not self.classes:
-            raise ValueError("labels were given to a network without classes")
+            raise ReproError("labels were given to a network without classes")
         if labels is None:
             if not self.null_class:
-                raise ValueError("this network has no null class: it needs labels")
+                raise ReproError("this network has no null class: it needs labels")
             labels = torch.full((n,), self.classes, device=self.label_table.weight.device)
         return self.label_table(labels)
 

@@ -1,0 +1,197 @@
+"""Recorded runs: what is damaged, missing or unknown is refused by name."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from repro import config, files, runs, train
+from repro.files import ReproError
+
+NAME = "lab/tiny"
+MODEL = config.UNet(channels=32, multipliers=(1,), blocks=1, attention=(), heads=1)
+RUN = config.Config(
+    NAME, config.Data("drawn"), MODEL, config.Train(images=8, batch=4), sample=config.Sample(steps=2)
+)
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A folder of runs with one run of random weights in three shards."""
+    monkeypatch.setattr(runs, "SHARD_BYTES", 270_000)
+    folder = tmp_path / "lab" / "tiny"
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    net = runs.build(RUN).net
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    record = runs.Record(
+        config=RUN, data=runs.DataUsed("drawn", "f" * 64, 10, 10, 0), images=8, seconds=1.0, device="cpu",
+        processes=1, versions={}, commit="unknown", code="0", parameters=1,
+    )  # fmt: skip
+    train.record_run(folder, record, net, (2, 3), torch.device("cpu"))
+    return tmp_path
+
+
+def load(root):
+    return runs.load_run(NAME, root)
+
+
+def shards(root):
+    return sorted((root / NAME).glob("weights-*.safetensors"))
+
+
+def test_weights_come_back_rounded_to_float16(root):
+    torch.manual_seed(0)
+    net = runs.build(RUN).net
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    loaded = load(root).weights()
+    assert loaded.keys() == net.state_dict().keys()
+    for name, tensor in net.state_dict().items():
+        assert torch.equal(loaded[name], tensor.half().float()), name
+
+
+def test_shards_keep_to_their_size_and_carry_the_configuration(root):
+    assert len(shards(root)) == 3
+    for path in shards(root):
+        assert path.stat().st_size <= runs.SHARD_BYTES
+        with safe_open(path, "pt") as file:
+            assert config.from_json(json.loads(file.metadata()["config"])) == RUN
+
+
+def test_fewer_shards_replace_more(root, monkeypatch):
+    monkeypatch.setattr(runs, "SHARD_BYTES", 15 * 2**20)
+    hashes = runs.save_weights(root / NAME, load(root).weights(), RUN)
+    assert [path.name for path in shards(root)] == list(hashes) == ["weights-00001-of-00001.safetensors"]
+
+
+@pytest.mark.parametrize("place", [9, 1000, -1])  # in the header, in the weights, the last byte
+def test_one_flipped_bit_is_caught(root, place):
+    path = shards(root)[1]
+    damaged = bytearray(path.read_bytes())
+    damaged[place] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(ReproError, match=f"{path.name} is damaged: its SHA-256 is"):
+        load(root).denoiser()
+
+
+def test_a_missing_or_cut_shard_is_named(root):
+    path = shards(root)[2]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(ReproError, match=f"{path.name} is damaged"):
+        load(root).weights()
+    path.unlink()
+    with pytest.raises(
+        ReproError, match=f"{path.name} is missing: {NAME} needs all of weights-00001-of-00003"
+    ):
+        load(root).weights()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda r: r.update(colour="red"), "colour: "),
+        (lambda r: r["config"]["train"].update(lrr=1), "config.train.lrr: "),
+        (lambda r: r.update(images="many"), "images: "),
+        (lambda r: r.pop("seconds"), "seconds: "),
+    ],
+)
+def test_what_is_wrong_in_run_json_is_named(root, change, message):
+    path = root / NAME / "run.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(ReproError, match=f"run.json does not fit this version of the package: {message}"):
+        load(root)
+
+
+def test_a_run_json_that_is_no_json_is_named(root):
+    (root / NAME / "run.json").write_text("{")
+    with pytest.raises(ReproError, match="run.json is not JSON"):
+        load(root)
+
+
+def test_an_unknown_run_names_the_near_ones_and_the_command(root):
+    with pytest.raises(
+        ReproError, match="(?s)no recorded run lab/tyni .*Near names: lab/tiny.*repro train lab/tyni"
+    ):
+        runs.load_run("lab/tyni", root)
+
+
+def test_a_run_is_found_by_its_folder(root):
+    assert runs.load_run(root / NAME).record == load(root).record
+
+
+def test_samples_are_those_of_the_weights_and_seeds_in_order(root):
+    run = load(root)
+    images = run.samples()
+    assert images.shape == (6, 64, 64, 3)
+    np.testing.assert_array_equal(run.draw(range(6)), images)
+    np.testing.assert_array_equal(run.draw([4]), images[[4]])
+    assert run.check_samples(2) == {
+        "seeds": [0, 3], "largest_mean_difference": 0.0, "tolerance": runs.SAMPLE_TOLERANCE,
+    }  # fmt: skip
+
+
+def test_samples_of_other_weights_are_refused(root):
+    state = {name: -tensor for name, tensor in load(root).weights().items()}
+    record = dataclasses.replace(load(root).record, weights=runs.save_weights(root / NAME, state, RUN))
+    runs.write_record(root / NAME, record)
+    with pytest.raises(
+        ReproError, match="samples recorded for lab/tiny are not what its weights draw: with seed"
+    ):
+        load(root).check_samples(1)
+
+
+def test_a_picture_that_was_not_recorded_is_refused(root):
+    path = root / NAME / "samples.png"
+    path.write_bytes(path.read_bytes() + b"\0")
+    with pytest.raises(ReproError, match="samples.png is missing or not the file that was recorded"):
+        load(root).samples()
+
+
+def test_a_run_without_weights_says_so(root):
+    runs.write_record(root / NAME, dataclasses.replace(load(root).record, weights={}))
+    with pytest.raises(ReproError, match="recorded without weights"):
+        load(root).denoiser()
+
+
+def test_weights_that_float16_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(ReproError, match="the tensor w is not finite in float16"):
+        runs.save_weights(tmp_path, {"w": torch.tensor([1e6])}, RUN)
+
+
+def test_distances_are_those_of_one_sampler_and_network_by_images_seen(root):
+    line = {"name": "FD (EfficientNet-Lite0)", "features": "efficientnet_lite0", "samples": 10,
+            "sample": config.sample_json(RUN.sample)}  # fmt: skip
+    other = {**line, "sample": {**line["sample"], "steps": 30}}
+    inception = {**line, "name": "FID (clean)", "features": "inception"}
+    neighbours = {**line, "name": "nearest training image"}
+    lines = [
+        {**line, "images": 8, "value": 1},
+        {**line, "images": 4, "value": 2},
+        {**line, "images": 8, "value": 3},
+    ]
+    lines += [
+        {**some, "images": 8, "value": 9} for some in (other, inception, neighbours, {**line, "samples": 5})
+    ]
+    for one in lines:
+        files.append_line(root / NAME / "metrics.jsonl", one)
+    assert [(m["images"], m["value"]) for m in load(root).distances(RUN.sample, 10)] == [(4, 2), (8, 3)]
+
+
+def test_the_committed_runs_are_whole():
+    assert runs.names(), "no run is recorded"
+    for name in runs.names():
+        run = runs.load_run(name)
+        assert run.record.config.name == name
+        assert sum(tensor.numel() for tensor in run.weights().values()) == run.record.parameters
+        assert len(run.samples()) == run.record.samples.rows * run.record.samples.cols
+        assert any(m["images"] == run.record.images for m in run.distances(run.sample))
+        for path in run.path.glob("weights-*"):
+            assert path.stat().st_size <= 15 * 2**20

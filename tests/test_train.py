@@ -1,0 +1,371 @@
+"""Training: resumed bit for bit after a kill, the same on two processes, and it learns."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from repro import config, data, files, provenance, runs, train
+from repro.config import Config, Data, Sample, Train, UNet, ViT
+from repro.files import ReproError
+
+MODEL = ViT(patch=16, width=32, depth=1, heads=2)
+UNET = UNet(channels=32, multipliers=(1,), blocks=1, attention=(), heads=1, dropout=0.1)
+TRAIN = Train(
+    images=48, batch=4, lr=1e-3, warmup_images=16, ema_halflife_images=20, precision="fp32", compile=False,
+    state_every_images=12, log_every_images=4,
+)  # fmt: skip
+RUN = Config("lab/tiny", Data("drawn"), MODEL, TRAIN, sample=Sample(steps=2))
+
+
+def prepared(folder, name="drawn", classes=0, count=10, constant=None):
+    """A data set of random images, or of one grey level; with classes, `count` images of each."""
+    random = np.random.default_rng(0)
+    for number in range(max(classes, 1)):
+        below = folder / "source" / name / (f"n{number:08d}" if classes else "")
+        below.mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            pixels = random.integers(0, 256, (64, 64, 3), np.uint8)
+            pixels = pixels if constant is None else np.full_like(pixels, constant)
+            Image.fromarray(pixels).save(below / f"{i:03d}.png")
+    source = folder / "source" / name
+    data.prepare("imagenet64" if classes else "celeba64", source, folder / "data", name=name, workers=1)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    prepared(tmp_path)
+    monkeypatch.setenv("REPRO_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("REPRO_REFERENCE", str(tmp_path / "reference"))
+    return tmp_path
+
+
+def change(run, **changes):
+    return dataclasses.replace(run, train=dataclasses.replace(run.train, **changes))
+
+
+def log_of(folder):
+    return [(line["images"], line["loss"], line["lr"]) for line in files.read_lines(folder / "log.jsonl")]
+
+
+CPU = train.Place(0, 1, torch.device("cpu"))
+
+# A run and its end ----------------------------------------------------------------------------------
+
+
+def test_a_run_is_recorded_whole(home):
+    folder = train.train(RUN, home / "out", "cpu", grid=(1, 2))
+    run = runs.load_run(folder)
+    assert run.record.images == 48 and run.config == RUN
+    assert run.record.data == runs.DataUsed("drawn", data.verify("drawn"), 10, 10, 0)
+    assert [images for images, _, _ in log_of(folder)] == list(range(4, 49, 4))
+    state = load_file(folder / train.STATE)
+    for name, tensor in run.weights().items():
+        assert torch.equal(tensor, state[f"ema.{name}"].half().float())
+    assert run.check_samples(2)["largest_mean_difference"] == 0
+
+
+def test_training_counts_images_and_rounds_up_to_whole_batches(home):
+    folder = train.train(change(RUN, images=6), home / "out", "cpu", grid=(1, 1))
+    assert runs.load_run(folder).record.images == 8
+
+
+def test_an_ended_run_is_not_trained_again_and_can_be_prolonged(home):
+    whole = train.train(RUN, home / "whole", "cpu", grid=(1, 1))
+    before = files.sha256(whole / train.STATE)
+    train.train(RUN, whole, "cpu", grid=(1, 1))
+    assert files.sha256(whole / train.STATE) == before
+    parts = train.train(change(RUN, images=24), home / "parts", "cpu", grid=(1, 1))
+    train.train(RUN, parts, "cpu", grid=(1, 1))
+    assert log_of(parts) == log_of(whole)
+    assert runs.load_run(parts).record.weights == runs.load_run(whole).record.weights
+
+
+SCRIPT = """
+import dataclasses, sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from test_train import RUN, UNET, change, train
+train.train(dataclasses.replace(change(RUN, {changes}), model={model}), {out!r}, "cpu", (1, 1))
+"""
+
+
+def script(out, model="RUN.model", changes=""):
+    """A program that trains into `out`, for a process of its own."""
+    tests, root = os.path.dirname(__file__), str(provenance.ROOT)
+    return SCRIPT.format(tests=tests, root=root, out=str(out), model=model, changes=changes)
+
+
+def test_a_run_killed_anywhere_goes_on_bit_for_bit(home):
+    """For real: three times `kill -9`, at whatever the process is doing, then to the end."""
+
+    def start(out):
+        code = script(home / out, "UNET", "images=120")  # a network with dropout
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+
+    whole = start("whole")
+    for least in (16, 40, 80):
+        process = start("killed")
+        deadline = time.time() + 120
+        while time.time() < deadline and process.poll() is None:
+            if (log := log_of(home / "killed")) and log[-1][0] >= least:
+                break
+            time.sleep(0.01)
+        assert process.poll() is None, process.stderr.read().decode()
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = start("killed")
+    for process in (whole, last):
+        assert process.wait(200) == 0, process.stderr.read().decode()
+    assert log_of(home / "killed") == log_of(home / "whole")
+    one, other = (load_file(home / name / train.STATE) for name in ("whole", "killed"))
+    assert one.keys() == other.keys() and len(one) > 50
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+    one, other = (runs.load_run(home / name).record for name in ("whole", "killed"))
+    assert one.images == 120 and (one.weights, one.samples) == (other.weights, other.samples)
+    left = {path.name for path in (home / "killed").iterdir() if not path.name.startswith(".state")}
+    assert left == {"log.jsonl", "run.json", "samples.png", train.STATE, ".lock", *one.weights}
+
+
+def test_killed_between_state_and_record_the_record_is_made_up_for(home):
+    folder = train.train(RUN, home / "out", "cpu", grid=(1, 1))
+    whole = runs.load_run(folder).record
+    (folder / "run.json").unlink()
+    again = runs.load_run(train.train(RUN, folder, "cpu", grid=(1, 1))).record
+    assert (again.weights, again.samples, again.images) == (whole.weights, whole.samples, 48)
+
+
+def test_two_processes_train_what_one_does(home):
+    """Same data, noise and levels; sums differ in their order alone."""
+    for number, out in ((1, "one"), (2, "two")):
+        (home / f"{out}.py").write_text(script(home / out, changes="images=40"))
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(number),
+        ]
+        done = subprocess.run([*command, home / f"{out}.py"], capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (runs.load_run(home / out) for out in ("one", "two"))
+    assert (one.record.processes, two.record.processes) == (1, 2)
+    start = train.Trainer(RUN, CPU).net.state_dict()
+    flat = [
+        torch.cat([(state[name] - start[name]).flatten() for name in start])
+        for state in (one.weights(), two.weights())
+    ]
+    assert (flat[0] - flat[1]).norm() < 1e-2 * flat[0].norm()
+    for seen, alone in zip(log_of(home / "two"), log_of(home / "one"), strict=True):
+        assert seen == pytest.approx(alone, rel=1e-3)
+
+
+# What a step does -----------------------------------------------------------------------------------
+
+
+def test_every_epoch_is_a_permutation_for_any_batch_and_number_of_processes(home):
+    real = data.load("drawn")
+    indices = np.array([0, 2, 3, 5, 7, 8, 9])
+    batches = train.Batches(real, indices, dataclasses.replace(TRAIN, batch=4), CPU)
+    order = np.concatenate([batches.rows(step) for step in range(7)])
+    for epoch in order.reshape(4, 7):
+        assert sorted(epoch) == list(indices)
+    assert not np.array_equal(order[:7], order[7:14])
+    halves = [
+        train.Batches(real, indices, TRAIN, train.Place(rank, 2, torch.device("cpu"))) for rank in (0, 1)
+    ]
+    for step in (0, 3):
+        both = torch.cat([half.fetch(step)[0] for half in halves])
+        assert torch.equal(both, batches.fetch(step)[0])
+
+
+def test_the_numbers_of_a_step_are_shared_out_among_processes():
+    generator = torch.Generator()
+    whole = train.draw(RUN, 5, CPU, generator)
+    shares = [train.draw(RUN, 5, train.Place(rank, 2, torch.device("cpu")), generator) for rank in (0, 1)]
+    for name in ("uniform", "noise", "flip", "drop"):
+        assert torch.equal(torch.cat([getattr(share, name) for share in shares]), getattr(whole, name))
+    assert not torch.equal(train.draw(RUN, 6, CPU, generator).noise, whole.noise)
+
+
+def test_flips_and_dropped_labels_come_at_their_rates():
+    run = dataclasses.replace(RUN, data=Data("drawn", classes=2))
+    run = change(run, batch=1000, label_drop=0.15)
+    draws = [train.draw(run, step, CPU, torch.Generator()) for step in range(10)]
+    flips, drops = (
+        torch.cat([getattr(one, name) for one in draws]).float().mean() for name in ("flip", "drop")
+    )
+    assert abs(flips - 0.5) < 0.02 and abs(drops - 0.15) < 0.015
+
+
+def test_flipped_images_and_null_labels_reach_the_network(home, monkeypatch):
+    run = change(dataclasses.replace(RUN, data=Data("drawn", classes=2)), label_drop=0.5)
+    trainer = train.Trainer(run, CPU)
+    seen = {}
+
+    def loss(denoiser, y, noise, uniform, labels):
+        seen.update(y=y, labels=labels)
+        return (next(trainer.net.parameters()).sum() + y.sum() * 0).expand(4)
+
+    monkeypatch.setattr(trainer, "loss", loss)
+    y, labels = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 0, 1])
+    numbers = train.draw(run, 0, CPU, torch.Generator())
+    numbers.flip, numbers.drop = torch.tensor([1, 0, 1, 0]).bool(), torch.tensor([0, 0, 1, 1]).bool()
+    trainer.train_step(y, labels, numbers)
+    assert torch.equal(seen["y"], torch.stack([y[0].flip(2), y[1], y[2].flip(2), y[3]]))
+    assert seen["labels"].tolist() == [0, 1, 2, 2]
+
+
+def test_warm_up_is_linear_then_constant():
+    rates = [train.learning_rate(TRAIN, images) for images in (0, 4, 8, 16, 1000)]
+    assert rates == pytest.approx([0, 2.5e-4, 5e-4, 1e-3, 1e-3])
+    assert train.learning_rate(dataclasses.replace(TRAIN, warmup_images=0), 0) == 1e-3
+
+
+def test_half_of_the_average_is_younger_than_the_halflife():
+    steady = dataclasses.replace(TRAIN, ema_halflife_images=400, ema_rampup=None)
+    assert train.ema_decay(steady, 10**6) ** (400 / 4) == pytest.approx(0.5)
+    early = dataclasses.replace(TRAIN, ema_halflife_images=400, ema_rampup=0.05)
+    assert train.ema_decay(early, 2000) ** (100 / 4) == pytest.approx(0.5)  # 5% of 2000
+    assert train.ema_decay(early, 10**6) == train.ema_decay(steady, 10**6)
+
+
+def test_the_average_is_the_recursion_written_out(home):
+    trainer = train.Trainer(change(RUN, ema_rampup=None), CPU)
+    batches = train.Batches(data.load("drawn"), np.arange(10), TRAIN, CPU)
+    expected = [p.detach().double().clone() for p in trainer.parameters]
+    for step in range(3):
+        trainer.train_step(*batches.fetch(step), train.draw(RUN, step, CPU, torch.Generator()))
+        decay = 0.5 ** (4 / 20)
+        expected = [
+            decay * e + (1 - decay) * p.detach() for e, p in zip(expected, trainer.parameters, strict=True)
+        ]
+    for e, p in zip(expected, trainer.ema_parameters, strict=True):
+        torch.testing.assert_close(p.double(), e, rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_are_clipped(home):
+    trainer = train.Trainer(change(RUN, grad_clip=1e-3), CPU)
+    batches = train.Batches(data.load("drawn"), np.arange(10), TRAIN, CPU)
+    trainer.train_step(*batches.fetch(0), train.draw(RUN, 0, CPU, torch.Generator()))
+    norm = torch.stack([p.grad.norm() for p in trainer.parameters]).norm()
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_it_learns_a_single_image(tmp_path, monkeypatch):
+    prepared(tmp_path, "grey", constant=200)
+    monkeypatch.setenv("REPRO_DATA", str(tmp_path / "data"))
+    run = dataclasses.replace(
+        RUN,
+        data=Data("grey"),
+        parameterization="x0",
+        weight=config.Weight("constant"),
+        sample=Sample(steps=5),
+    )
+    run = change(run, images=1200, warmup_images=0, lr=3e-3, log_every_images=100, state_every_images=1200)
+    folder = train.train(run, tmp_path / "out", "cpu", grid=(1, 2))
+    losses = [loss for _, loss, _ in log_of(folder)]
+    assert losses[-1] < 0.05 * losses[0]
+    assert abs(runs.load_run(folder).samples().astype(float).mean() - 200) < 15
+
+
+# What is refused ------------------------------------------------------------------------------------
+
+
+def test_a_data_set_that_is_not_prepared_names_the_command(home):
+    run = dataclasses.replace(RUN, data=Data("celeba64"))
+    with pytest.raises(ReproError, match="(?s)not prepared in .*python -m repro prepare celeba64 --source"):
+        train.train(run, home / "out", "cpu")
+    assert not (home / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "used, message",
+    [
+        (
+            Data("drawn", resolution=32),
+            r"holds images of \(3, 64, 64\), the configuration asks for \(3, 32, 32\)",
+        ),
+        (Data("drawn", classes=3), "has 0 classes, the configuration asks for 3"),
+        (Data("drawn", holdout=10), "data.holdout is 10, but drawn has 10 images"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(home, used, message):
+    with pytest.raises(ReproError, match=message):
+        train.train(dataclasses.replace(RUN, data=used), home / "out", "cpu")
+
+
+def test_other_settings_or_pixels_do_not_go_on_from_a_state(home, tmp_path_factory, monkeypatch):
+    folder = train.train(change(RUN, images=12), home / "out", "cpu", grid=(1, 1))
+    with pytest.raises(
+        ReproError, match=r"saved with other settings \(train.lr, weight.gamma\). Resume with the"
+    ):
+        train.train(
+            dataclasses.replace(change(RUN, lr=1.0), weight=config.Weight("min_snr", gamma=1.0)),
+            folder,
+            "cpu",
+        )
+    other = tmp_path_factory.mktemp("other")
+    prepared(other, constant=7)
+    monkeypatch.setenv("REPRO_DATA", str(other / "data"))
+    with pytest.raises(ReproError, match="trained on other pixels than the prepared drawn"):
+        train.train(RUN, folder, "cpu")
+
+
+def test_a_record_without_state_is_not_overwritten(home):
+    folder = train.train(change(RUN, images=4), home / "out", "cpu", grid=(1, 1))
+    (folder / train.STATE).unlink()
+    with pytest.raises(ReproError, match="holds a recorded run without its state; choose another --out"):
+        train.train(RUN, folder, "cpu")
+
+
+def test_a_damaged_state_is_named(home):
+    folder = train.train(change(RUN, images=4), home / "out", "cpu", grid=(1, 1))
+    (folder / train.STATE).write_bytes(b"0" * 100)
+    with pytest.raises(ReproError, match="state.safetensors cannot be read .*remove it to start anew"):
+        train.train(RUN, folder, "cpu")
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(home, monkeypatch):
+    folder = home / "out"
+    step = train.Trainer.train_step
+
+    def broken(self, *arguments):
+        loss = step(self, *arguments)
+        return loss * float("nan") if self.step > 7 else loss
+
+    monkeypatch.setattr(train.Trainer, "train_step", broken)
+    with pytest.raises(ReproError, match="the loss is nan at 32 images; .* is as it was at the last state"):
+        train.train(RUN, folder, "cpu")
+    assert json.loads(_about(folder))["step"] == 6
+
+
+def _about(folder):
+    from safetensors import safe_open
+
+    with safe_open(folder / train.STATE, "pt") as file:
+        return file.metadata()["about"]
+
+
+def test_a_batch_must_divide_among_the_processes(home, monkeypatch):
+    monkeypatch.setattr(train, "find_place", lambda device: train.Place(0, 3, torch.device("cpu")))
+    with pytest.raises(ReproError, match="a batch of 4 cannot be shared by 3 processes"):
+        train.train(RUN, home / "out", "cpu")
+
+
+def test_a_missing_gpu_is_said(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ReproError, match="torch sees no GPU; use --device cpu"):
+        train.find_place("cuda")
