@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, field
 from functools import cached_property
@@ -291,8 +292,8 @@ def build(run: config.Config) -> denoiser.Denoiser:
 def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config) -> dict[str, str]:
     """Write `state` as float16 safetensors files of at most 15 MiB, and return the SHA-256 of each.
 
-    The configuration is in each header, so that the weights alone can be used. Files of an earlier
-    number of shards are removed after the new ones are whole.
+    The configuration is in each header, so that the weights alone can be used. The files that were there
+    are replaced, or removed, only when all new ones are whole.
     """
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
@@ -312,10 +313,15 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config)
         size += tensor.numel() * 2
     header = {"config": json.dumps(config.to_json(run))}  # one entry: safetensors writes several in any order
     hashes = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"weights-{number:05d}-of-{len(shards):05d}.safetensors"
-        files.replace_atomic(path / name, lambda temporary, shard=shard: save_file(shard, temporary, header))
-        hashes[name] = files.sha256(path / name)
+    path.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".weights.", dir=path) as staging:
+        for number, shard in enumerate(shards, start=1):
+            name = f"weights-{number:05d}-of-{len(shards):05d}.safetensors"
+            new = Path(staging) / name
+            files.replace_atomic(new, lambda temporary, shard=shard: save_file(shard, temporary, header))
+            hashes[name] = files.sha256(new)
+        for name in hashes:
+            os.replace(Path(staging) / name, path / name)
     for old in path.glob("weights-*.safetensors"):
         if old.name not in hashes:
             old.unlink()

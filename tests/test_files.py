@@ -33,7 +33,9 @@ from repro import config, files, runs
 from repro.files import ReproError
 folder = Path({folder!r})
 run = config.Config("lab/x", config.Data("celeba64"), config.UNet(), config.Train(images=1))
-small, large = ({{"w": torch.full((n,), 0.5)}} for n in (10, 10**6))
+runs.SHARD_BYTES = 60_000 + 2**17  # so that the second shard is the one that does not fit
+small = {{"a": torch.full((10,), 0.5), "b": torch.full((30_000,), 0.5)}}
+large = {{"a": torch.full((10,), 0.25), "b": torch.full((90_000,), 0.25)}}
 kept = runs.save_weights(folder, small, run)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # the kernel then refuses to write more
 text = b"0" * 10**6
@@ -54,9 +56,8 @@ def test_a_full_disk_keeps_the_weights_that_were_there(tmp_path):
     assert done.returncode == 0, done.stderr
     *refusals, listing = done.stdout.strip().split("\n")
     assert len(refusals) == 2 and all("Free some space and run again" in line for line in refusals), refusals
-    assert "weights-00001-of-00001" in refusals[0] and "the file that was there is unchanged" in refusals[0]
-    assert "no file was written" in refusals[1]
-    assert listing == "['weights-00001-of-00001.safetensors']"
+    assert "weights-00002-of-00002.safetensors" in refusals[0]
+    assert listing == "['weights-00001-of-00002.safetensors', 'weights-00002-of-00002.safetensors']"
 
 
 def test_a_cut_last_line_is_left_out_and_replaced(tmp_path):
