@@ -178,8 +178,6 @@ def evaluate(name: str, arguments: list[str]) -> None:
     default = EvaluateOptions(sample=recorded.sample, evaluate=recorded.config.evaluate)
     options = _parse("evaluate", name, default, arguments)
     _check_batch(options.batch)
-    if options.evaluate.samples < 2:
-        raise ReproError(f"--evaluate.samples {options.evaluate.samples}: a covariance needs at least 2")
     place = training.find_place(options.device)
     denoiser = recorded.denoiser(place.device)
     if options.compile:

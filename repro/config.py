@@ -152,6 +152,12 @@ class Evaluate:
     first_seed: int = 1_000_000
     """Sample seeds are first_seed, first_seed + 1, ...; the drawn grid uses 0, 1, ..."""
 
+    @model_validator(mode="after")
+    def _enough_for_a_covariance(self):
+        if self.samples < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, not {self.samples}")
+        return self
+
 
 @dataclass(frozen=True, config=strict)
 class Train:

@@ -92,6 +92,10 @@ def find_place(device: str | None = None) -> Place:
     torch.backends.cudnn.allow_tf32 = False
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.device(kind)
+    except RuntimeError as error:
+        raise ReproError(f"unknown device {kind!r}; known are cpu, cuda and cuda:N") from error
     if torch.device(kind).type == "cuda" and not torch.cuda.is_available():
         raise ReproError(f"the device {kind} was asked for, but torch sees no GPU; use --device cpu")
     if world > 1:

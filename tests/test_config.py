@@ -44,6 +44,7 @@ def test_an_unknown_preset_names_the_near_ones():
         (lambda c: c["sample"].update(sampler="ancestral", churn=1.0), "churn is an option of the heun"),
         (lambda c: c["sample"].update(guidance_interval=[0, 1]), "guidance 1 is off"),
         (lambda c: c["sample"].update(steps=1), "at least 2 steps"),
+        (lambda c: c["evaluate"].update(samples=1), "a covariance needs at least 2 samples, not 1"),
         (lambda c: c["train"].update(label_drop=0.1), "label_drop needs data.classes"),
     ],
 )

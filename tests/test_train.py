@@ -369,3 +369,8 @@ def test_a_missing_gpu_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ReproError, match="torch sees no GPU; use --device cpu"):
         train.find_place("cuda")
+
+
+def test_an_unknown_device_names_the_known_ones():
+    with pytest.raises(ReproError, match="unknown device 'gpu'; known are cpu, cuda and cuda:N"):
+        train.find_place("gpu")
