@@ -6,10 +6,14 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+PARTIAL = ".partial."
+"""How the names of files begin that are still being written."""
 
 
 class ReproError(ValueError):
@@ -24,10 +28,11 @@ def replace_atomic(path: str | Path, write: Callable[[str], object]) -> None:
     an `OSError`, naming the path and the reason.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
+    temporary = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(f".{path.name}", PARTIAL, path.parent)
+        os.close(handle)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
@@ -40,11 +45,17 @@ def replace_atomic(path: str | Path, write: Callable[[str], object]) -> None:
             os.unlink(temporary)
         # safetensors reports a full disk as its own SafetensorError, not as an OSError
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            kept = "the file that was there is unchanged" if path.exists() else "no file was written"
+            kept = "the file that was there is unchanged" if os.path.exists(path) else "no file was written"
             raise ReproError(
                 f"cannot write {path}: {error}; {kept}. Free some space and run again."
             ) from error
         raise
+
+
+def remove_partial(folder: str | Path) -> None:
+    """Remove what killed processes were writing in `folder`; for the one process that works there."""
+    for path in Path(folder).glob(f"{PARTIAL}*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:
@@ -94,10 +105,10 @@ def read_lines(path: str | Path) -> list[dict]:
     if not path.exists():
         return []
     lines = []
-    for number, line in enumerate(path.read_text().split("\n")[:-1], start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
         try:
             lines.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8
             raise ReproError(
                 f"{path}, line {number}, is not JSON ({error}); restore the file from git."
             ) from error
@@ -106,11 +117,16 @@ def read_lines(path: str | Path) -> list[dict]:
 
 @contextmanager
 def lock(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from working in `folder` meanwhile.
+    """Make `folder` where it is missing, and keep other processes from working in it meanwhile.
 
-    Raises `ReproError` where another process works in it.
+    Raises `ReproError` where another process works in it, or where it cannot be written to.
     """
-    with open(Path(folder) / ".lock", "w") as file:
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        file = open(Path(folder) / ".lock", "w")
+    except OSError as error:
+        raise ReproError(f"cannot write in {folder}: {error}; choose another folder") from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

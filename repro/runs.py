@@ -265,8 +265,8 @@ def load_run(name: str | Path, root: str | Path | None = None) -> Run:
 def read_record(path: Path) -> Record:
     """The record in a run.json; raises `ReproError` naming each unknown key or bad value."""
     try:
-        return _record.validate_python(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+        return _record.validate_python(json.loads(path.read_bytes()))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ReproError(f"{path} is not JSON: {error}. Restore the file.") from error
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
@@ -296,17 +296,17 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config)
     are replaced, or removed, only when all new ones are whole.
     """
     shards: list[dict[str, torch.Tensor]] = [{}]
-    size = 0
+    size, room = 0, SHARD_BYTES - 2**17  # besides the header
     for name in sorted(state):
         # channels-last strides are a property of the device, not of the record
         tensor = (
             state[name].detach().to("cpu", torch.float16).contiguous(memory_format=torch.contiguous_format)
         )
-        if tensor.numel() * 2 > SHARD_BYTES:
-            raise ReproError(f"the tensor {name} alone exceeds {SHARD_BYTES} bytes; it cannot be recorded")
+        if tensor.numel() * 2 > room:
+            raise ReproError(f"the tensor {name} alone exceeds {room} bytes; it cannot be recorded")
         if not torch.isfinite(tensor).all():
             raise ReproError(f"the tensor {name} is not finite in float16; the run cannot be recorded")
-        if size + tensor.numel() * 2 > SHARD_BYTES - 2**17:  # room for the header
+        if size + tensor.numel() * 2 > room:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
@@ -314,7 +314,7 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config)
     header = {"config": json.dumps(config.to_json(run))}  # one entry: safetensors writes several in any order
     hashes = {}
     path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".weights.", dir=path) as staging:
+    with tempfile.TemporaryDirectory(prefix=files.PARTIAL, dir=path) as staging:
         for number, shard in enumerate(shards, start=1):
             name = f"weights-{number:05d}-of-{len(shards):05d}.safetensors"
             new = Path(staging) / name

@@ -263,6 +263,11 @@ class Trainer:
         tensors |= {f"ema.{name}": parameter for name, parameter in self.ema.named_parameters()}
         plain = {name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
                  for name, tensor in tensors.items()}  # fmt: skip
+        if broken := [name for name, tensor in plain.items() if not tensor.isfinite().all()]:
+            raise ReproError(
+                f"{broken[0]} is not finite after {self.images:,} images; {path} is as it was at the last "
+                f"state. Lower train.lr or use train.precision fp32, and start in a new folder."
+            )
         about = {
             "step": self.step,
             "seconds": self.seconds,
@@ -324,7 +329,6 @@ def train(
     """
     out, place = Path(out), find_place(device)
     data.load(run.data.name)  # before a folder is made for it
-    out.mkdir(parents=True, exist_ok=True)
     with files.lock(out) if place.first else nullcontext():
         _train(run, out, place, grid)
     return out
@@ -354,6 +358,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int]) -
             f"{out} holds a recorded run without its state; choose another --out or move it away"
         )
     if place.first:
+        files.remove_partial(out)
         for name in ("log.jsonl", "metrics.jsonl"):  # what a killed run wrote after its last state
             keep_until(out / name, trainer.images)
 
@@ -385,8 +390,9 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int]) -
         for images in (run.train.log_every_images, run.train.state_every_images)
     )
     evaluations = {min(math.ceil(at / run.train.batch), total) for at in run.evaluate.at}
-    recorded = runs.read_record(out / "run.json").images if (out / "run.json").exists() else 0
-    if place.first and trainer.step in evaluations | {total} and recorded != trainer.images:
+    recorded = runs.read_record(out / "run.json") if (out / "run.json").exists() else None
+    whole = recorded and recorded.images == trainer.images and recorded.samples
+    if place.first and trainer.step in evaluations | {total} and not whole:
         record_run(out, record, trainer.ema, grid, place.device)  # killed between the state and the record
     losses, began, logged_at, logged_images = [], time.perf_counter(), time.perf_counter(), trainer.images
     network = None

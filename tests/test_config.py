@@ -20,6 +20,15 @@ def test_presets_survive_json_and_build(name):
     assert sum(p.numel() for p in net.parameters()) > 1e6
 
 
+def test_a_run_at_lab_scale_is_another_run_than_the_papers():
+    lab, paper = (presets.preset(f"{profile}/celeba64-unet") for profile in ("lab", "paper"))
+    differ = runs.differences(lab, paper)
+    assert {"name", "model.channels", "train.images", "train.batch", "evaluate.features"} <= set(differ)
+    assert (lab.weight, lab.parameterization, lab.schedule) == (
+        paper.weight, paper.parameterization, paper.schedule,
+    )  # fmt: skip
+
+
 def test_recorded_weights_of_the_lab_preset_fit_into_32_megabytes():
     run = presets.preset("lab/celeba64-unet")
     with torch.device("meta"):

@@ -2,37 +2,52 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from repro import config, files, runs, train
 from repro.files import ReproError
 
 NAME = "lab/tiny"
+SMALL = 270_000
+"""Bytes of a shard, instead of 15 MiB."""
 MODEL = config.UNet(channels=32, multipliers=(1,), blocks=1, attention=(), heads=1)
 RUN = config.Config(
     NAME, config.Data("drawn"), MODEL, config.Train(images=8, batch=4), sample=config.Sample(steps=2)
 )
 
 
-@pytest.fixture
-def root(tmp_path, monkeypatch):
-    """A folder of runs with one run of random weights in three shards."""
-    monkeypatch.setattr(runs, "SHARD_BYTES", 270_000)
-    folder = tmp_path / "lab" / "tiny"
-    folder.mkdir(parents=True)
+def network():
     torch.manual_seed(0)
     net = runs.build(RUN).net
     for parameter in net.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
+    return net
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A folder of runs with one run of random weights in three shards."""
+    root = tmp_path_factory.mktemp("recorded")
     record = runs.Record(
         config=RUN, data=runs.DataUsed("drawn", "f" * 64, 10, 10, 0), images=8, seconds=1.0, device="cpu",
         processes=1, versions={}, commit="unknown", code="0", parameters=1,
     )  # fmt: skip
-    train.record_run(folder, record, net, (2, 3), torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "SHARD_BYTES", SMALL)
+        train.record_run(root / NAME, record, network(), (2, 3), torch.device("cpu"))
+    return root
+
+
+@pytest.fixture
+def root(recorded, tmp_path):
+    """A copy of it, to be changed."""
+    shutil.copytree(recorded, tmp_path, dirs_exist_ok=True)
     return tmp_path
 
 
@@ -45,10 +60,7 @@ def shards(root):
 
 
 def test_weights_come_back_rounded_to_float16(root):
-    torch.manual_seed(0)
-    net = runs.build(RUN).net
-    for parameter in net.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
+    net = network()
     loaded = load(root).weights()
     assert loaded.keys() == net.state_dict().keys()
     for name, tensor in net.state_dict().items():
@@ -58,13 +70,26 @@ def test_weights_come_back_rounded_to_float16(root):
 def test_shards_keep_to_their_size_and_carry_the_configuration(root):
     assert len(shards(root)) == 3
     for path in shards(root):
-        assert path.stat().st_size <= runs.SHARD_BYTES
+        assert path.stat().st_size <= SMALL
         with safe_open(path, "pt") as file:
             assert config.from_json(json.loads(file.metadata()["config"])) == RUN
 
 
-def test_fewer_shards_replace_more(root, monkeypatch):
-    monkeypatch.setattr(runs, "SHARD_BYTES", 15 * 2**20)
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_tensor_has_a_file_to_itself_or_is_refused(tmp_path, monkeypatch, over):
+    """The largest that fits leaves the header its place, and no file is empty."""
+    monkeypatch.setattr(runs, "SHARD_BYTES", SMALL)
+    state = {"a": torch.zeros((SMALL - 2**17) // 2 + over)}
+    if over:
+        with pytest.raises(ReproError, match="the tensor a alone exceeds"):
+            runs.save_weights(tmp_path, state, RUN)
+        assert list(tmp_path.iterdir()) == []
+    else:
+        (name,) = runs.save_weights(tmp_path, state, RUN)
+        assert (tmp_path / name).stat().st_size <= SMALL
+
+
+def test_fewer_shards_replace_more(root):
     hashes = runs.save_weights(root / NAME, load(root).weights(), RUN)
     assert [path.name for path in shards(root)] == list(hashes) == ["weights-00001-of-00001.safetensors"]
 
@@ -110,8 +135,9 @@ def test_what_is_wrong_in_run_json_is_named(root, change, message):
         load(root)
 
 
-def test_a_run_json_that_is_no_json_is_named(root):
-    (root / NAME / "run.json").write_text("{")
+@pytest.mark.parametrize("content", [b"{", b'{"images": "\xff"}', b""])
+def test_a_run_json_that_is_no_json_is_named(root, content):
+    (root / NAME / "run.json").write_bytes(content)
     with pytest.raises(ReproError, match="run.json is not JSON"):
         load(root)
 
@@ -136,6 +162,18 @@ def test_samples_are_those_of_the_weights_and_seeds_in_order(root):
     assert run.check_samples(2) == {
         "seeds": [0, 3], "largest_mean_difference": 0.0, "tolerance": runs.SAMPLE_TOLERANCE,
     }  # fmt: skip
+
+
+def test_the_picture_is_the_images_row_by_row(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), np.uint8)
+    runs.save_samples(tmp_path, images, 2, 3)
+    picture = np.asarray(Image.open(tmp_path / "samples.png"))
+    assert picture.shape == (8, 15, 3)
+    for i, image in enumerate(images):
+        row, col = divmod(i, 3)
+        np.testing.assert_array_equal(picture[4 * row : 4 * row + 4, 5 * col : 5 * col + 5], image)
+    with pytest.raises(ValueError, match="6 images do not fill 3 rows of 3"):
+        runs.save_samples(tmp_path, images, 3, 3)
 
 
 def test_samples_of_other_weights_are_refused(root):
