@@ -69,8 +69,6 @@ def test_citation_has_the_version_of_the_package():
 def documented_commands() -> list[str]:
     """Every `make ...` in code spans and code blocks of the README."""
     readme = root / "README.md"
-    if not readme.exists():
-        pytest.skip("no README.md yet")
     return re.findall(r"(?:^|`)(make(?: [A-Za-z][\w=-]*)+)", readme.read_text(encoding="utf-8"), re.M)
 
 
