@@ -3,8 +3,9 @@
     python -m repro.bench --out paper/bench/unet64.json
 
 Each variant is built and compiled in a process of its own, all at once; they are timed one after the
-other. FLOPs are counted by torch (2 per multiply-add, matrix products and convolutions only); a training
-step counts as 3 forward passes. Rates are medians over steps timed with CUDA events, on random data.
+other. FLOPs are those of the network as defined, however it is computed, counted by torch (2 per
+multiply-add, matrix products and convolutions only); a training step counts as 3 forward passes.
+Rates are medians over steps timed with CUDA events, on random data.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tyro
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from repro import config, evaluate, files, presets, runs, train
-from repro.models.unet import GroupNorm
+from repro.models.norm import GroupNorm
+from repro.models.unet import Resample
 
 PROTOTYPE = config.UNet(
     channels=96, multipliers=(1, 2, 2, 2), blocks=2, attention=(16, 8), resample_in_blocks=False, heads=4
@@ -38,10 +41,11 @@ _lab = presets.PRESETS["lab/celeba64-unet"].model
 
 @dataclass(frozen=True)
 class Variant:
-    """What is measured: a network, how its group norms are computed, images per step, CUDA graphs or not."""
+    """What is measured: a network, plain or as it is, images per step, CUDA graphs or not."""
 
     model: config.UNet
-    norm: str = "moments"
+    plain: bool = False
+    """Written plainly: `F.group_norm`, and maps that are joined and doubled before they are convolved."""
     batch: int = 256
     cuda_graphs: bool = False
     forward: bool = True
@@ -49,22 +53,46 @@ class Variant:
 
 
 VARIANTS = {
-    "prototype, plain group norm": Variant(PROTOTYPE, "plain", batch=512, forward=False),
-    "prototype": Variant(PROTOTYPE, batch=512, forward=False),
-    "lab": Variant(_lab),
-    "lab, CUDA graphs": Variant(_lab, cuda_graphs=True, forward=False),
+    "prototype, plain": Variant(PROTOTYPE, plain=True, batch=512, forward=False),
+    "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
+    "lab": Variant(_lab, cuda_graphs=True),
 }
 
 
 class PlainGroupNorm(GroupNorm):
     """The same norm by `F.group_norm`, as a plain implementation has it."""
 
-    def forward(self, x, scale=None, shift=None):
+    def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0, dtype=None):
         """See `GroupNorm`."""
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        if offset is not None:
+            x = x + offset.to(x.dtype).expand(x.shape[:2])[:, :, None, None]
         y = F.group_norm(x.float(), self.groups, self.weight, self.bias, self.eps)
         if scale is not None:
             y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-        return y.to(x.dtype)
+        y = y.to(dtype or x.dtype)
+        y = F.silu(y) if silu else y
+        return F.dropout(y, dropout) if dropout else y
+
+
+class PlainResample(Resample):
+    """The same resampling with the doubled map formed, as the network is defined."""
+
+    def forward(self, x):
+        """See `Resample`."""
+        if self.factor == "down" or self.conv is None:
+            return super().forward(x)
+        n, c, h, w = x.shape
+        return self.conv(x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w))
+
+
+PLAIN = {GroupNorm: PlainGroupNorm, Resample: PlainResample}
+
+
+def make_plain(net: nn.Module) -> None:
+    """Let all blocks of `net` compute plainly, in place."""
+    for module in net.modules():
+        module.__class__ = PLAIN.get(type(module), type(module))
 
 
 def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
@@ -88,9 +116,11 @@ def median_seconds(work, repeats: int, warm_up: int = 3) -> float:
     return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2] / 1000
 
 
-def forward_flops(run: config.Config) -> float:
-    """FLOPs of one forward pass of one image."""
+def forward_flops(run: config.Config, plain: bool = True) -> float:
+    """FLOPs of one forward pass of one image: of the network as defined, or as we compute it."""
     net = runs.build(run).net
+    if plain:
+        make_plain(net)
     size = run.data.resolution
     # tensors without content, as on the meta device, which autocast does not know; and attention by
     # two matrix products, since the CPU's fused one is not counted
@@ -102,7 +132,7 @@ def forward_flops(run: config.Config) -> float:
 
 KINDS = {
     "attention": ("flash", "fmha", "attention"),
-    "norm and other reductions": ("triton_red", "triton_per"),
+    "norm and other reductions": ("triton_red", "triton_per", "_sums_kernel", "_map_kernel"),
     "elementwise": ("triton_poi", "elementwise", "copy", "memset", "memcpy", "cat"),
     "optimizer": ("multi_tensor", "adam", "lpnorm"),
     # before matrix products: cuDNN's convolutions are called "..._implicit_gemm_..."
@@ -142,10 +172,9 @@ def measure(name: str, folder: Path, others: int) -> dict:
     torch.backends.cudnn.benchmark = True
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
-    if variant.norm == "plain":
-        for module in [*trainer.net.modules(), *trainer.ema.modules()]:
-            if isinstance(module, GroupNorm):
-                module.__class__ = PlainGroupNorm
+    if variant.plain:
+        make_plain(trainer.net)
+        make_plain(trainer.ema)
     y = torch.randn(batch, 3, 64, 64, device="cuda")
     generator = torch.Generator("cuda")
     numbers = train.draw(run, 0, place, generator)
@@ -161,11 +190,11 @@ def measure(name: str, folder: Path, others: int) -> dict:
     seconds_to_compile = {}
     for kind, work in {"train": step, **({"forward": forward} if variant.forward else {})}.items():
         began = time.perf_counter()
-        for _ in range(3):  # CUDA graphs are captured in the second call
+        for _ in range(train.WARM_UP + 1):  # the last captures a graph
             work()
         torch.cuda.synchronize()
         seconds_to_compile[kind] = round(time.perf_counter() - began, 1)
-    flops = forward_flops(run)
+    flops, computed = forward_flops(run), forward_flops(run, plain=False)
     (folder / f"{name}.ready").touch()
     while len(list(folder.glob("*.ready"))) < others:
         time.sleep(0.2)
@@ -177,6 +206,7 @@ def measure(name: str, folder: Path, others: int) -> dict:
             "name": name,
             "parameters": sum(p.numel() for p in trainer.net.parameters()),
             "forward_gflop_per_image": flops / 1e9,
+            "forward_gflop_computed": computed / 1e9,
             "batch": batch,
             "cuda_graphs": variant.cuda_graphs,
             "matmul_tflops": matmul / 1e12,

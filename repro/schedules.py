@@ -7,7 +7,7 @@ alpha = 1 / sqrt(1 + sigma^2).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -25,6 +25,7 @@ class DiscreteVP:
     """
 
     sigmas: Float[Tensor, " T"]
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
         sigmas = self.sigmas
@@ -41,9 +42,15 @@ class DiscreteVP:
         """The largest trained noise level."""
         return float(self.sigmas[-1])
 
+    def _on(self, device: torch.device) -> Float[Tensor, " T"]:
+        """The table on a device: copied there once, since each copy waits for the GPU."""
+        if device not in self._copies:
+            self._copies[device] = self.sigmas.to(device)
+        return self._copies[device]
+
     def nearest(self, sigma: Float[Tensor, " *n"]) -> Int[Tensor, " *n"]:
         """Index in [0, T) of the trained noise level closest to each sigma (in absolute distance)."""
-        table = self.sigmas.to(sigma.device)
+        table = self._on(sigma.device)
         wanted = sigma.to(table.dtype).contiguous()
         above = torch.searchsorted(table, wanted).clamp(max=len(table) - 1)
         below = (above - 1).clamp(min=0)
@@ -51,7 +58,7 @@ class DiscreteVP:
 
     def round(self, sigma: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
         """The trained noise level closest to each sigma, float64."""
-        return self.sigmas.to(sigma.device)[self.nearest(sigma)]
+        return self._on(sigma.device)[self.nearest(sigma)]
 
     def network_time(self, sigma: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
         """What the network is told: the timestep's index, as float32."""
@@ -60,7 +67,7 @@ class DiscreteVP:
     def draw(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
         """Training noise levels from numbers uniform in [0, 1): each trained sigma equally often."""
         index = (uniform.double() * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
-        return self.sigmas.to(uniform.device)[index]
+        return self._on(uniform.device)[index]
 
 
 @dataclass(frozen=True)

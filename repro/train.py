@@ -17,8 +17,9 @@ import os
 import platform
 import subprocess
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,9 @@ from repro.denoiser import Denoiser
 from repro.files import ReproError
 
 STATE = "state.safetensors"
+
+WARM_UP = 3
+"""Steps launched kernel by kernel (which compiles and tunes them) before one is captured as a CUDA graph."""
 
 MAY_CHANGE = (
     "train.images",
@@ -87,7 +91,8 @@ class Place:
 def find_place(device: str | None = None) -> Place:
     """This process's rank and device; joins the process group where `torchrun` started several.
 
-    float32 means float32 from here on: TF32, PyTorch's default for convolutions on a GPU, is off.
+    float32 means float32 from here on: TF32, PyTorch's default for convolutions on a GPU, is off
+    (but for bf16 training steps, see `Trainer`).
     """
     torch.backends.cudnn.allow_tf32 = False
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
@@ -107,6 +112,17 @@ def find_place(device: str | None = None) -> Place:
         torch.distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
         atexit.register(torch.distributed.destroy_process_group)
     return Place(rank, world, torch.device(kind))
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow convolutions in float32 to use TF32 on a GPU, or not, within a block."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class Batches:
@@ -191,20 +207,25 @@ class Trainer:
         self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
         self.net = self.denoiser.net
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
+        on_gpu = place.device.type == "cuda"
+        # on the device, so that a captured step reads what each step sets
+        self.lr = torch.tensor(run.train.lr, device=place.device)
+        self.ema_share = torch.tensor(0.0, device=place.device)
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(),
-            lr=run.train.lr,
+            lr=self.lr if on_gpu else run.train.lr,
             betas=run.train.betas,
             weight_decay=run.train.weight_decay,
-            fused=place.device.type == "cuda",
+            fused=on_gpu,
+            capturable=on_gpu,
         )
         self.weight = weights.from_config(run.weight, self.denoiser.parameterization, run.sigma_data)
         self.step, self.seconds = 0, 0.0
 
-        # not shown to work with DistributedDataParallel, whose hooks copy gradients out of the graphs' memory
-        graphs = run.train.cuda_graphs and place.world == 1
-        mode = "reduce-overhead" if graphs else "default"
-        net = torch.compile(self.net, dynamic=False, mode=mode) if run.train.compile else self.net
+        # not shown to work with DistributedDataParallel, whose hooks are not captured
+        self.graphs = run.train.cuda_graphs and on_gpu and place.world == 1
+        self.graph, self.warmed_up, self.side = None, 0, None
+        net = torch.compile(self.net, dynamic=False) if run.train.compile else self.net
         if place.world > 1:
             device_ids = [place.device.index] if place.device.type == "cuda" else None
             net = DistributedDataParallel(net, device_ids=device_ids)
@@ -238,19 +259,63 @@ class Trainer:
         elif train.label_drop:
             labels = torch.where(numbers.drop, self.run.data.classes, labels)
         y = y.contiguous(memory_format=torch.channels_last)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(self.denoiser, y, numbers.noise, numbers.uniform, labels).mean()
-        loss.backward()
-        if train.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, train.grad_clip)
+        noise = numbers.noise.contiguous(memory_format=torch.channels_last)
         seen = self.images + train.batch
+        rate, share = learning_rate(train, seen), 1 - ema_decay(train, seen)
+        self.ema_share.fill_(share)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(train, seen)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        given = (y, noise, numbers.uniform) + (() if labels is None else (labels,))
+        loss = self._replay(given) if self.graphs else self._update(*given)
+        self.step += 1
+        return loss
+
+    def _update(
+        self, y: Tensor, noise: Tensor, uniform: Tensor, labels: Tensor | None = None
+    ) -> Float[Tensor, ""]:
+        """Loss, gradients, optimizer and average: all on the device, with nothing that waits for it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        # in bf16, the last convolution, which stays in float32, may drop all but 10 bits: 3 more than bf16
+        with tf32(self.run.train.precision == "bf16"):
+            loss = self.loss(self.denoiser, y, noise, uniform, labels).mean()
+            loss.backward()
+        if self.run.train.grad_clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters, self.run.train.grad_clip)
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.ema_parameters, self.parameters, 1 - ema_decay(train, seen))
-        self.step += 1
+            changes = torch._foreach_sub(self.parameters, self.ema_parameters)
+            torch._foreach_mul_(changes, self.ema_share)
+            torch._foreach_add_(self.ema_parameters, changes)
         return loss.detach()
+
+    def _replay(self, given: tuple[Tensor, ...]) -> Float[Tensor, ""]:
+        """`_update` as one CUDA graph, captured after a few steps: launching its kernels costs nothing.
+
+        The graph reads its inputs, learning rate and EMA share from fixed places on the device; dropout
+        follows the default generator's seed as set before each replay. Capturing changes no weights.
+        """
+        stream = torch.cuda.current_stream()
+        if self.warmed_up < WARM_UP:
+            self.warmed_up += 1
+            self.side = self.side or torch.cuda.Stream()
+            self.side.wait_stream(stream)
+            with torch.cuda.stream(self.side):
+                loss = self._update(*given)
+            stream.wait_stream(self.side)
+            return loss
+        if self.graph is None:
+            self.given = tuple(tensor.clone() for tensor in given)
+            self.optimizer.zero_grad(set_to_none=True)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.side):
+                self.captured_loss = self._update(*self.given)
+        for mine, tensor in zip(self.given, given, strict=True):
+            mine.copy_(tensor)
+        self.graph.replay()
+        return self.captured_loss.clone()
 
     def save_state(self, path: Path) -> None:
         """Write all of the state, atomically: a killed run goes on from here."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from repro import bench, config, presets
-from repro.models.unet import GroupNorm
+from repro.models.norm import GroupNorm
 
 MEASURED = json.loads((Path(__file__).parents[1] / "paper" / "bench" / "unet64.json").read_text())
 
@@ -57,11 +57,12 @@ def test_the_plain_group_norm_is_the_group_norm(modulated):
         norm.weight.normal_(generator=generator)
         norm.bias.normal_(generator=generator)
     x = torch.randn(2, 64, 5, 7, generator=generator) * 2 + 1
-    more = torch.randn(2, 2, 64, generator=generator).unbind() if modulated else ()
-    expected = norm(x, *more)
+    more = dict(zip(("scale", "shift"), torch.randn(2, 2, 64, generator=generator), strict=True))
+    more = more if modulated else {}
+    expected = norm(x, **more)
     norm.__class__ = bench.PlainGroupNorm  # as `measure` makes it plain
-    torch.testing.assert_close(norm(x, *more), expected, rtol=1e-5, atol=1e-5)
-    assert norm(x.bfloat16(), *more).dtype == torch.bfloat16
+    torch.testing.assert_close(norm(x, **more), expected, rtol=1e-5, atol=1e-5)
+    assert norm(x.bfloat16(), **more).dtype == torch.bfloat16
 
 
 KERNELS = {

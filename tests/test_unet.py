@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from repro import config
-from repro.models.unet import ADMUNet, Attention, GroupNorm, Resample, ResidualBlock, sinusoids
+from repro.models.norm import GroupNorm
+from repro.models.unet import ADMUNet, Attention, Resample, ResidualBlock, sinusoids
 
 RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
 
@@ -134,7 +135,7 @@ def test_group_norm_and_its_gradients(dtype, mean, tolerance, modulated):
     expected_grads = torch.autograd.grad((expected * upstream).sum(), wanted)
 
     norm = norm.to(dtype)
-    y = norm(*(inputs if modulated else inputs[:1]))
+    y = norm(inputs[0], **(dict(zip(("scale", "shift"), inputs[1:], strict=True)) if modulated else {}))
     grads = torch.autograd.grad(
         (y * upstream.to(dtype)).sum(), (inputs if modulated else inputs[:1]) + list(norm.parameters())
     )
