@@ -19,7 +19,7 @@ ifneq ($(TORCH),default)
 export UV_FIND_LINKS ?= $(shell echo "$$PIP_FIND_LINKS" | tr -s ' ' ,)
 endif
 
-.PHONY: help figures $(FIGURES) test lint lab lock clean-env
+.PHONY: help figures $(FIGURES) test kernels lint lab lock clean-env
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -33,6 +33,10 @@ $(FIGURES): $(READY)
 
 test: $(READY) ## Run the tests; ARGS="-k samplers" runs some of them
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 $(ARGS)
+
+kernels: $(READY) ## Add Triton (Linux), which TORCH=cpu leaves out: its interpreter tests the GPU kernels on a CPU
+	@awk '/^[a-z]/ { keep = /^triton==/ } keep' requirements.lock > .venv/triton.lock
+	@.venv/bin/uv pip install --quiet --no-deps --require-hashes -r .venv/triton.lock
 
 lint: $(READY) ## Check style, formatting, and that notebooks carry no outputs
 	@.venv/bin/python -m ruff check .

@@ -48,9 +48,9 @@ def prepare(
         overwrite: Replace a data set of this name that was made from another source.
         workers: Images prepared at once; by default one per core.
     """
-    from repro import data
+    from repro.prepare import prepare as prepare_images
 
-    data.prepare(
+    prepare_images(
         dataset,
         source,
         root,
@@ -73,6 +73,8 @@ class TrainOptions:
     """Where data sets lie; by default $REPRO_DATA, else data/prepared."""
     device: Device = None
     """By default the GPU if there is one."""
+    minutes: float | None = None
+    """Stop after this many, measured and recorded (the last measurement comes on top); by default never."""
 
 
 def train(name: str, arguments: list[str]) -> None:
@@ -85,7 +87,7 @@ def train(name: str, arguments: list[str]) -> None:
     run, out = options.run, options.out or Path("runs") / name
     if out.name != name.split("/")[1]:  # a run of its own, not the preset
         run = replace(run, name=f"{name.split('/')[0]}/{out.name}", note=f"After the preset {name}.")
-    folder = run_training(run, out, options.device)
+    folder = run_training(run, out, options.device, minutes=options.minutes)
     if os.environ.get("RANK", "0") == "0":
         print(f"recorded in {folder}")
 

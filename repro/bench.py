@@ -60,7 +60,12 @@ VARIANTS = {
 
 
 class PlainGroupNorm(GroupNorm):
-    """The same norm by `F.group_norm`, as a plain implementation has it."""
+    """The same norm by `F.group_norm`, as a plain implementation has it, of maps that are joined first."""
+
+    def beside(self, *parts, silu=False):
+        """See `GroupNorm`."""
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return self(x, silu=silu), (x,)
 
     def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0, dtype=None):
         """See `GroupNorm`."""

@@ -38,7 +38,7 @@ _lab_celeba64_unet = Config(
     parameterization="eps",
     weight=Weight("min_snr", gamma=5.0),
     # An error in a predicted eps is multiplied by sigma in D: after a short training, starting from
-    # sigma = 80 leaves colours wrong, and 40 lowers the distance (metrics.jsonl of the recorded run).
+    # sigma = 80 leaves colours wrong, and 40 lowers the distance (metrics.jsonl of lab/celeba64-unet-2M).
     sample=Sample(steps=18, sigma_max=40.0),
     evaluate=Evaluate(at=tuple(int(1e6 * m) for m in (0.25, 0.5, 1, 2, 3, 4.5, 6, 8))),
     note="Figure 9 at lab scale: a small UNet on 16,469 CelebA faces.",

@@ -27,7 +27,7 @@ def value(path: Path, key: str) -> object:
     for step in key.split("."):
         try:
             found = found[int(step) if isinstance(found, list) else step]
-        except (KeyError, IndexError, ValueError) as error:
+        except (KeyError, IndexError, ValueError, TypeError) as error:
             raise ReproError(f"README.md takes {key} from {path}, where there is no {step!r}") from error
     return found
 

@@ -73,6 +73,21 @@ class Samples:
 
 
 @dataclass(frozen=True, config=config.strict)
+class Session:
+    """One uninterrupted part of a training, where it ran and by which code."""
+
+    first_image: int
+    """Images seen before it."""
+    device: str
+    processes: int
+    versions: dict[str, str]
+    commit: str
+    """As in `Record`."""
+    code: str
+    """As in `Record`."""
+
+
+@dataclass(frozen=True, config=config.strict)
 class Record:
     """What run.json holds; an unknown key is an error."""
 
@@ -94,6 +109,8 @@ class Record:
     weights: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each weight file."""
     samples: Samples | None = None
+    earlier: tuple[Session, ...] = ()
+    """Parts of a resumed training that ran elsewhere or by other code; above stands the last one."""
 
 
 _record = TypeAdapter(Record)

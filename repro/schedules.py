@@ -25,7 +25,7 @@ class DiscreteVP:
     """
 
     sigmas: Float[Tensor, " T"]
-    _copies: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self):
         sigmas = self.sigmas

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,10 +108,13 @@ def find_place(device: str | None = None) -> Place:
             raise ReproError(f"--device {kind} would put all processes on one GPU; use --device cuda")
         if kind == "cuda":
             kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-            torch.cuda.set_device(kind)
+    place = Place(rank, world, torch.device(kind))
+    if place.device.type == "cuda" and place.device.index is not None:
+        torch.cuda.set_device(place.device)  # where streams and graphs go
+    if world > 1:
         torch.distributed.init_process_group("nccl" if kind.startswith("cuda") else "gloo")
         atexit.register(torch.distributed.destroy_process_group)
-    return Place(rank, world, torch.device(kind))
+    return place
 
 
 @contextmanager
@@ -221,6 +224,9 @@ class Trainer:
         )
         self.weight = weights.from_config(run.weight, self.denoiser.parameterization, run.sigma_data)
         self.step, self.seconds = 0, 0.0
+        self.stopped = False
+        """Whether the state is that of a time limit, and so to be measured."""
+        self.sessions: list[runs.Session] = []
 
         # not shown to work with DistributedDataParallel, whose hooks are not captured
         self.graphs = run.train.cuda_graphs and on_gpu and place.world == 1
@@ -310,7 +316,8 @@ class Trainer:
             self.given = tuple(tensor.clone() for tensor in given)
             self.optimizer.zero_grad(set_to_none=True)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, stream=self.side):
+            # the loader's thread may copy to the device meanwhile
+            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
                 self.captured_loss = self._update(*self.given)
         for mine, tensor in zip(self.given, given, strict=True):
             mine.copy_(tensor)
@@ -338,6 +345,8 @@ class Trainer:
             "seconds": self.seconds,
             "fingerprint": self.fingerprint,
             "config": config.to_json(self.run),
+            "stopped": self.stopped,
+            "sessions": [asdict(session) for session in self.sessions],
         }
         files.replace_atomic(
             path / STATE, lambda temporary: save_file(plain, temporary, {"about": json.dumps(about)})
@@ -374,7 +383,9 @@ class Trainer:
                     self.optimizer.state[parameter][key] = placed
             for name, parameter in self.ema.named_parameters():
                 parameter.copy_(tensors[f"ema.{name}"])
-        self.step, self.seconds = about["step"], about["seconds"]
+        self.graph, self.warmed_up = None, 0  # a graph would go on with the tensors replaced above
+        self.step, self.seconds, self.stopped = about["step"], about["seconds"], about.get("stopped", False)
+        self.sessions = [runs.Session(**session) for session in about.get("sessions", [])]
 
 
 def train(
@@ -382,24 +393,29 @@ def train(
     out: str | Path,
     device: str | None = None,
     grid: tuple[int, int] = (8, 8),
+    minutes: float | int | None = None,
 ) -> Path:
     """Train `run` into the folder `out` and record it there; returns the folder.
 
     Goes on from the state file where there is one. At each evaluation the run so far is recorded whole
     (weights, samples, metrics), so that a run that is never finished is still a recorded run.
-    grid: rows and columns of samples.png, sample seeds 0, 1, ...
+    grid: rows and columns of samples.png, sample seeds 0, 1, ... minutes: stop after as many, measure
+    and record; the same call goes on from there.
 
     Raises `ReproError` for a data set that is not prepared or does not fit, a batch that does not
     divide among the processes, a state of other settings, and a loss that is not finite.
     """
+    began = time.perf_counter()
+    if minutes is not None and not minutes > 0:
+        raise ReproError(f"a run cannot stop after {minutes} minutes; give a number above 0")
     out, place = Path(out), find_place(device)
     data.load(run.data.name)  # before a folder is made for it
     with files.lock(out) if place.first else nullcontext():
-        _train(run, out, place, grid)
+        _train(run, out, place, grid, math.inf if minutes is None else began + 60 * minutes)
     return out
 
 
-def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int]) -> None:
+def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], until: float) -> None:
     def say(text: str) -> None:
         if place.first:
             print(text, flush=True)
@@ -427,6 +443,17 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int]) -
         for name in ("log.jsonl", "metrics.jsonl"):  # what a killed run wrote after its last state
             keep_until(out / name, trainer.images)
 
+    session = runs.Session(
+        first_image=trainer.images,
+        device=evaluate.device_name(place.device),
+        processes=place.world,
+        versions=versions(),
+        commit=git_commit(),
+        code=provenance.code_version("import repro.train"),
+    )
+    last = trainer.sessions[-1] if trainer.sessions else None
+    if last is None or replace(session, first_image=last.first_image) != last:
+        trainer.sessions.append(session)
     record = runs.Record(
         config=run,
         data=runs.DataUsed(
@@ -438,12 +465,13 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int]) -
         ),
         images=trainer.images,
         seconds=trainer.seconds,
-        device=evaluate.device_name(place.device),
-        processes=place.world,
-        versions=versions(),
-        commit=git_commit(),
-        code=provenance.code_version("import repro.train"),
+        device=session.device,
+        processes=session.processes,
+        versions=session.versions,
+        commit=session.commit,
+        code=session.code,
         parameters=sum(p.numel() for p in trainer.net.parameters()),
+        earlier=tuple(trainer.sessions[:-1]),
     )
     say(f"{run.name}: {record.parameters:,} parameters, {len(trained_on):,} images, {record.device}")
 
@@ -455,21 +483,44 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int]) -
         for images in (run.train.log_every_images, run.train.state_every_images)
     )
     evaluations = {min(math.ceil(at / run.train.batch), total) for at in run.evaluate.at}
+    network = None
+
+    def report(measure: bool, last: bool) -> None:
+        nonlocal network
+        now = replace(record, images=trainer.images, seconds=round(trainer.seconds, 1))
+        if measure:
+            network = network or evaluate.feature_network(run.evaluate.features, place.device)
+            lines = evaluate.evaluate(
+                trainer.ema_denoiser, run, trainer.fingerprint, trainer.images, place.device,
+                run.train.precision, evaluation_batch(run), last and len(held_out) > 0, network,
+            )  # fmt: skip
+            for line in lines + held_out_loss(trainer, real, trained_on, held_out):
+                write("metrics.jsonl", line)
+                say(f"{trainer.images:>12,} images  {line['name']}: {line['value']:.4f}")
+        if place.first:
+            record_run(out, now, trainer.ema, grid, place.device)
+
     recorded = runs.read_record(out / "run.json") if (out / "run.json").exists() else None
     whole = recorded and recorded.images == trainer.images and recorded.samples
-    if place.first and trainer.step in evaluations | {total} and not whole:
-        record_run(out, record, trainer.ema, grid, place.device)  # killed between the state and the record
+    measure, last = trainer.step in evaluations or trainer.stopped, trainer.step == total
+    if (measure or last) and not whole:  # killed between the state and the record
+        if measure and place.first:
+            keep_until(out / "metrics.jsonl", trainer.images - 1)
+        report(measure, last or trainer.stopped)
+    trainer.stopped = False
     losses, began, logged_at, logged_images = [], time.perf_counter(), time.perf_counter(), trainer.images
-    network = None
+    stop = False
 
     with ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(batches.fetch, trainer.step)
-        while trainer.step < total:
+        while trainer.step < total and not stop:
             y, labels = upcoming.result()
             upcoming = loader.submit(batches.fetch, trainer.step + 1)
             losses.append(trainer.train_step(y, labels, draw(run, trainer.step, place, generator)))
             step, images = trainer.step, trainer.images
-            last, measure = step == total, step in evaluations
+            if step % log_every == 0:
+                stop = agreed(time.perf_counter() > until, place)
+            last, measure = step == total, step in evaluations or stop
 
             save = measure or last or step % state_every == 0
             if step % log_every == 0 or save:
@@ -491,29 +542,28 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int]) -
                 say(f"{images:>12,} images  loss {loss:.5f}  {speed:,.0f} images/s")
                 losses, logged_at, logged_images = [], time.perf_counter(), images
 
-            if measure or last:
-                trainer.seconds += time.perf_counter() - began
-                record = replace(record, images=images, seconds=round(trainer.seconds, 1))
-                if measure:
-                    network = network or evaluate.feature_network(run.evaluate.features, place.device)
-                    lines = evaluate.evaluate(
-                        trainer.ema_denoiser, run, record.data.fingerprint, images, place.device,
-                        run.train.precision, evaluation_batch(run), last and len(held_out) > 0, network,
-                    )  # fmt: skip
-                    for line in lines + held_out_loss(trainer, real, trained_on, held_out):
-                        write("metrics.jsonl", line)
-                        say(f"{images:>12,} images  {line['name']}: {line['value']:.4f}")
-                began = logged_at = time.perf_counter()
+            trainer.stopped = stop
             if save and place.first:
                 trainer.seconds += time.perf_counter() - began
                 trainer.save_state(out)
                 began = time.perf_counter()
-            if (measure or last) and place.first:  # after the state, so that the record is never ahead of it
-                record_run(out, record, trainer.ema, grid, place.device)
+            if measure or last:  # after the state, which a failing measurement then leaves whole
+                report(measure, last or stop)
                 began = logged_at = time.perf_counter()
         upcoming.cancel()
+    if stop and trainer.step < total:
+        say(f"{run.name}: stopped in time at {trainer.images:,} images; the same command goes on")
     if place.world > 1:
         torch.distributed.barrier()
+
+
+def agreed(mine: bool, place: Place) -> bool:
+    """What the first process says, so that all stop at the same step."""
+    if place.world == 1:
+        return mine
+    said = torch.tensor(float(mine), device=place.device)
+    torch.distributed.broadcast(said, 0)
+    return bool(said)
 
 
 def evaluation_batch(run: config.Config) -> int:

@@ -9,9 +9,13 @@ import pytest
 import torch
 
 from repro import bench, config, presets
-from repro.models.norm import GroupNorm
+from repro.models.unet import ADMUNet
 
-MEASURED = json.loads((Path(__file__).parents[1] / "paper" / "bench" / "unet64.json").read_text())
+FILES = [
+    json.loads((Path(__file__).parents[1] / "paper" / "bench" / name).read_text())
+    for name in ("unet64-plain.json", "unet64.json")
+]
+MEASURED = [variant for file in FILES for variant in file["variants"]]
 
 
 def with_model(model: config.UNet, resolution: int) -> config.Config:
@@ -49,20 +53,29 @@ def test_forward_flops_of_a_network_without_attention_grow_with_the_number_of_pi
     assert large / small == pytest.approx(4, rel=1e-2)
 
 
-@pytest.mark.parametrize("modulated", [False, True])
-def test_the_plain_group_norm_is_the_group_norm(modulated):
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_the_plain_network_is_the_network(in_blocks):
     generator = torch.Generator().manual_seed(0)
-    norm = GroupNorm(64)
+    model = config.UNet(
+        channels=32, multipliers=(1, 2), blocks=1, attention=(4,), heads=2, resample_in_blocks=in_blocks
+    )
+    net = ADMUNet(model, 8)
     with torch.no_grad():
-        norm.weight.normal_(generator=generator)
-        norm.bias.normal_(generator=generator)
-    x = torch.randn(2, 64, 5, 7, generator=generator) * 2 + 1
-    more = dict(zip(("scale", "shift"), torch.randn(2, 2, 64, generator=generator), strict=True))
-    more = more if modulated else {}
-    expected = norm(x, **more)
-    norm.__class__ = bench.PlainGroupNorm  # as `measure` makes it plain
-    torch.testing.assert_close(norm(x, **more), expected, rtol=1e-5, atol=1e-5)
-    assert norm(x.bfloat16(), **more).dtype == torch.bfloat16
+        for parameter in net.parameters():
+            parameter.normal_(0, 0.1, generator=generator)
+    x = torch.randn(2, 3, 8, 8, generator=generator)
+    expected = net(x, torch.tensor([3.0, 700.0]))
+    bench.make_plain(net)
+    assert {"PlainGroupNorm", "PlainResample"} <= {type(module).__name__ for module in net.modules()}
+    torch.testing.assert_close(net(x, torch.tensor([3.0, 700.0])), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_plain_network_computes_the_same_flops_but_for_doubled_maps():
+    lab = presets.preset("lab/celeba64-unet")
+    # 3 x 3 on the doubled map, or 4 x 4 on the map itself: 9 or 4 multiply-adds for each of its pixels
+    widths = {32: 128, 16: 192, 8: 256}
+    saved = sum(2 * 4 * (9 - 4) * side**2 * width**2 for side, width in widths.items())
+    assert bench.forward_flops(lab) - bench.forward_flops(lab, plain=False) == saved
 
 
 KERNELS = {
@@ -115,11 +128,11 @@ def test_kernels_are_sorted_by_kind_and_times_are_per_step(monkeypatch):
 
 
 def test_the_committed_measurements_are_of_all_variants():
-    assert [variant["name"] for variant in MEASURED["variants"]] == list(bench.VARIANTS)
-    assert MEASURED["device"] and MEASURED["versions"]["cuda"]
+    assert [variant["name"] for variant in MEASURED] == list(bench.VARIANTS)
+    assert all(file["device"] == FILES[0]["device"] and file["versions"]["cuda"] for file in FILES)
 
 
-@pytest.mark.parametrize("measured", MEASURED["variants"], ids=lambda measured: measured["name"])
+@pytest.mark.parametrize("measured", MEASURED, ids=lambda measured: measured["name"])
 def test_the_committed_measurements_are_consistent(measured):
     variant = bench.VARIANTS[measured["name"]]
     flops = measured["forward_gflop_per_image"] * 1e9

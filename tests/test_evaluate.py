@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from repro import config, data, evaluate, files, paper, runs, sample, train
+from repro import config, data, evaluate, files, paper, prepare, runs, sample, train
 from repro.files import ReproError
 
 # Images, a cheap feature network, a tiny recorded run -----------------------------------------------
@@ -54,7 +54,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("REPRO_REFERENCE", str(tmp_path / "reference"))
     monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
     monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Blocks)
-    data.prepare("celeba64", save(drawn(130), tmp_path / "images"))
+    prepare.prepare("celeba64", save(drawn(130), tmp_path / "images"))
     return tmp_path
 
 

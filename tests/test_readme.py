@@ -41,5 +41,8 @@ def test_a_missing_key_or_file_is_named(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ReproError, match="no 'x'"):
         readme.refresh("<!--= a.json x .1f --><!--/-->", tmp_path)
+    (tmp_path / "null.json").write_text('{"x": null}')
+    with pytest.raises(ReproError, match="no 'y'"):
+        readme.refresh("<!--= null.json x.y .1f --><!--/-->", tmp_path)
     with pytest.raises(ReproError, match="b.json, which is missing"):
         readme.refresh("<!--= b.json x .1f --><!--/-->", tmp_path)

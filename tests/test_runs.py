@@ -228,6 +228,9 @@ def test_the_committed_runs_are_whole():
     for name in runs.names():
         run = runs.load_run(name)
         assert run.record.config.name == name
+        if not run.record.weights:  # only what was measured is kept, and the note says where the rest is
+            assert "weights" in run.config.note and run.metrics and run.record.samples is None
+            continue
         assert sum(tensor.numel() for tensor in run.weights().values()) == run.record.parameters
         assert len(run.samples()) == run.record.samples.rows * run.record.samples.cols
         assert any(m["images"] == run.record.images for m in run.distances(run.sample))

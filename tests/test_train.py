@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from repro import config, data, evaluate, files, provenance, runs, train
+from repro import config, data, evaluate, files, prepare, provenance, runs, train
 from repro.config import Config, Data, Evaluate, Sample, Train, UNet, ViT
 from repro.files import ReproError
 
@@ -39,7 +39,7 @@ def prepared(folder, name="drawn", classes=0, count=10, constant=None):
             pixels = pixels if constant is None else np.full_like(pixels, constant)
             Image.fromarray(pixels).save(below / f"{i:03d}.png")
     source = folder / "source" / name
-    data.prepare("imagenet64" if classes else "celeba64", source, folder / "data", name=name, workers=1)
+    prepare.prepare("imagenet64" if classes else "celeba64", source, folder / "data", name=name, workers=1)
 
 
 @pytest.fixture
@@ -166,6 +166,25 @@ def test_killed_while_it_writes_the_state_the_last_one_counts(home):
     assert runs.load_run(resumed).record.weights == runs.load_run(whole).record.weights
 
 
+def test_a_resumed_run_names_all_code_and_machines_that_trained_it(home, monkeypatch):
+    folder = home / "out"
+
+    def images_to(images):
+        train.train(change(RUN, images=images), folder, "cpu", grid=(1, 1))
+        return runs.load_run(folder).record
+
+    first = images_to(16)
+    assert first.earlier == () and images_to(24).earlier == ()  # resumed by the same code on the same machine
+    monkeypatch.setattr(train.provenance, "code_version", lambda _: "0123456789abcdef")
+    second = images_to(32)
+    assert (second.code, len(second.earlier), second.earlier[0].code) == ("0123456789abcdef", 1, first.code)
+    monkeypatch.setattr(evaluate, "device_name", lambda _: "another machine")
+    third = images_to(40)
+    assert [session.first_image for session in third.earlier] == [0, 24]
+    assert [session.device for session in third.earlier] == ["cpu", "cpu"]
+    assert third.device == "another machine"
+
+
 @pytest.mark.parametrize("lost", ["record", "samples"])
 def test_killed_between_state_and_record_the_record_is_made_up_for(home, lost):
     folder = train.train(RUN, home / "out", "cpu", grid=(1, 1))
@@ -187,28 +206,109 @@ class Means(torch.nn.Module):
         return images.float().mean((2, 3))
 
 
-def test_an_evaluation_is_recorded_once_also_when_it_is_made_twice(home, monkeypatch):
+def measured(folder):
+    return [
+        (line["images"], line["name"], line["value"]) for line in files.read_lines(folder / "metrics.jsonl")
+    ]
+
+
+EVALUATED = dataclasses.replace(RUN, data=Data("drawn", holdout=3), evaluate=Evaluate(at=(18, 48), samples=4))
+
+
+def test_an_evaluation_that_fails_loses_nothing_and_is_recorded_once(home, monkeypatch):
     monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
-    run = dataclasses.replace(RUN, data=Data("drawn", holdout=3), evaluate=Evaluate(at=(18, 48), samples=4))
-    whole = train.train(run, home / "whole", "cpu", grid=(1, 1))
-    save = train.Trainer.save_state
+    whole = train.train(EVALUATED, home / "whole", "cpu", grid=(1, 1))
+    measure = evaluate.evaluate
 
-    def fails_at_step_5(self, path):
-        if self.step == 5:
-            raise KeyboardInterrupt
-        save(self, path)
+    def fails(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(train.Trainer, "save_state", fails_at_step_5)
+    monkeypatch.setattr(evaluate, "evaluate", fails)
     with pytest.raises(KeyboardInterrupt):
-        train.train(run, home / "out", "cpu", grid=(1, 1))
-    monkeypatch.setattr(train.Trainer, "save_state", save)
-    assert {line["images"] for line in files.read_lines(home / "out" / "metrics.jsonl")} == {20}
-    resumed = train.train(run, home / "out", "cpu", grid=(1, 1))
-    lines, same = (files.read_lines(folder / "metrics.jsonl") for folder in (whole, resumed))
-    key = [(line["images"], line["name"], line["value"]) for line in lines]
-    assert key == [(line["images"], line["name"], line["value"]) for line in same]
-    assert len(key) == len(set(key)) and {images for images, _, _ in key} == {20, 48}
-    assert sum(name.startswith("nearest") for _, name, _ in key) == 1  # at the end alone
+        train.train(EVALUATED, home / "out", "cpu", grid=(1, 1))
+    monkeypatch.setattr(evaluate, "evaluate", measure)
+    assert _about(home / "out")["step"] == 5 and not (home / "out" / "run.json").exists()
+    # as if it had been killed between two lines
+    files.append_line(home / "out" / "metrics.jsonl", files.read_lines(whole / "metrics.jsonl")[0])
+    resumed = train.train(EVALUATED, home / "out", "cpu", grid=(1, 1))
+    assert measured(resumed) == measured(whole)
+    assert len(measured(whole)) == len(set(measured(whole)))
+    assert {images for images, _, _ in measured(whole)} == {20, 48}
+    assert sum(name.startswith("nearest") for _, name, _ in measured(whole)) == 1  # at the end alone
+
+
+def test_a_run_stops_in_time_measured_and_goes_on(home, monkeypatch, capsys):
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
+    whole = train.train(EVALUATED, home / "whole", "cpu", grid=(1, 1), minutes=60)
+    assert "stopped" not in capsys.readouterr().out
+    stopped = train.train(EVALUATED, home / "out", "cpu", grid=(1, 1), minutes=1e-9)
+    assert "stopped in time at 4 images" in capsys.readouterr().out
+    assert runs.load_run(stopped).record.images == _about(stopped)["step"] * 4 == 4
+    names = {name.split(" ")[0] for images, name, _ in measured(stopped) if images == 4}
+    assert names == {"FD", "nearest", "loss"}
+    first = train.train(EVALUATED, stopped, "cpu", grid=(1, 1), minutes=1e-9)
+    assert runs.load_run(first).record.images == 8
+    train.train(EVALUATED, stopped, "cpu", grid=(1, 1))
+    assert [line for line in measured(stopped) if line[0] > 8] == measured(whole)
+    assert runs.load_run(stopped).record.weights == runs.load_run(whole).record.weights
+
+
+def test_killed_while_it_measures_at_the_time_limit_it_measures_again(home, monkeypatch):
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
+    stopped = train.train(EVALUATED, home / "stopped", "cpu", grid=(1, 1), minutes=1e-9)
+    measure = evaluate.evaluate
+
+    def fails(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "evaluate", fails)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(EVALUATED, home / "out", "cpu", grid=(1, 1), minutes=1e-9)
+    monkeypatch.setattr(evaluate, "evaluate", measure)
+    again = train.train(EVALUATED, home / "out", "cpu", grid=(1, 1), minutes=1e-9)
+    assert [line for line in measured(again) if line[0] == 4] == measured(stopped)
+
+
+def test_a_record_made_up_for_keeps_what_was_measured(home, monkeypatch):
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
+    folder = train.train(EVALUATED, home / "out", "cpu", grid=(1, 1))
+    before = measured(folder)
+    (folder / "run.json").unlink()
+    later = dataclasses.replace(EVALUATED, evaluate=Evaluate(at=(18,), samples=4))  # not at the end any more
+    assert measured(train.train(later, folder, "cpu", grid=(1, 1))) == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("classes", [0, 2])
+def test_a_captured_step_is_the_step(classes):
+    run = dataclasses.replace(
+        change(RUN, cuda_graphs=True, batch=8, warmup_images=80, precision="bf16"),
+        model=dataclasses.replace(UNET, dropout=0.2),
+        data=Data("drawn", classes=classes),
+    )
+    if classes:
+        run = change(run, label_drop=0.3)
+    place, states = train.find_place("cuda"), []
+    y = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cuda() * 2 - 1
+    labels = (torch.arange(8) % 2).cuda() if classes else None
+    for graphs in (True, False):
+        trainer = train.Trainer(change(run, cuda_graphs=graphs), place)
+        generator = torch.Generator("cuda")
+        losses = [
+            float(trainer.train_step(y, labels, train.draw(run, step, place, generator))) for step in range(9)
+        ]
+        assert (trainer.graph is not None) == graphs
+        optimizer = [v for state in trainer.optimizer.state.values() for v in state.values()]
+        states.append([losses, *trainer.parameters, *trainer.ema_parameters, *optimizer])
+    assert states[0][0] == states[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(states[0][1:], states[1][1:], strict=True))
+
+
+@pytest.mark.parametrize("minutes", [0.0, -1.0, float("nan")])
+def test_a_time_limit_must_be_positive(home, minutes):
+    with pytest.raises(ReproError, match="give a number above 0"):
+        train.train(RUN, home / "out", "cpu", minutes=minutes)
+    assert not (home / "out").exists()
 
 
 def test_held_out_images_are_as_hard_as_the_same_images_trained_on(home):

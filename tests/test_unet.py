@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from repro import config
 from repro.models.norm import GroupNorm
@@ -493,3 +494,36 @@ def test_labels_it_cannot_take():
         tiny(classes=0)(x, TIMES, LABELS)
     with pytest.raises(ValueError, match="no null class: it needs labels"):
         tiny(null_class=False)(x, TIMES, None)
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_every_convolution_finds_and_leaves_its_maps_channels_last(in_blocks):
+    """A map in the other order would be copied before each convolution, which costs as much as a norm."""
+    wrong, seen = [], Counter()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            results = operator(*arguments, **(keywords or {}))
+            name = str(operator)
+            if name == "aten.convolution.default":
+                maps = [arguments[0], results]  # not the kernel, which is small
+            elif name == "aten.convolution_backward.default":
+                maps = [arguments[0], arguments[1], results[0]]
+            else:
+                return results
+            seen[name] += 1
+            wrong.extend(
+                (name, tuple(m.shape), m.stride())
+                for m in maps
+                if m is not None and not m.is_contiguous(memory_format=torch.channels_last)
+            )
+            return results
+
+    net = (
+        tiny(channels=32, resample_in_blocks=in_blocks).float().to(memory_format=torch.channels_last).train()
+    )
+    x = noise(2, 3, 8, 8).float().contiguous(memory_format=torch.channels_last)
+    with Watch():
+        net(x, torch.zeros(2)).square().sum().backward()
+    assert len(seen) == 2 and seen.total() >= 2 * 14
+    assert not wrong

@@ -59,20 +59,22 @@ class GroupNorm(nn.Module):
         whether it trains.
         """
         if self._can_fuse(parts):
-            return self._fused(parts, scale, shift, offset, silu, dropout, dtype or parts[0].dtype)[0]
+            return self._fused(parts, scale, shift, offset, silu, dropout, dtype or parts[0].dtype)
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         n, c = x.shape[:2]
         wide = x.double() if x.dtype == torch.float64 else x.float()
         if offset is not None:
             wide = wide + offset.to(wide.dtype).expand(n, c)[:, :, None, None]
-        first = wide.mean((2, 3)).view(n, self.groups, -1).mean(2)  # n groups
-        second = wide.square().mean((2, 3)).view(n, self.groups, -1).mean(2)  # n groups
+        by_group = (n, self.groups, c // self.groups)
+        first = wide.mean((2, 3)).view(by_group).mean(2)  # n groups
+        second = wide.square().mean((2, 3)).view(by_group).mean(2)  # n groups
         rstd = ((second - first.square()).clamp(min=0) + self.eps).rsqrt()
-        a = self._per_channel(rstd) * self.weight  # n c
-        b = self.bias - self._per_channel(first) * a  # n c
+        a = _spread(rstd, c) * self.weight  # n c
+        b = self.bias - _spread(first, c) * a  # n c
         if scale is not None:
-            a = a * (1 + scale.to(a.dtype))
-            b = b * (1 + scale.to(a.dtype)) + shift
+            a, b = a * (1 + scale.to(a.dtype)), b * (1 + scale.to(a.dtype))
+        if shift is not None:
+            b = b + shift
         y = (wide * a[:, :, None, None] + b[:, :, None, None]).to(dtype or x.dtype)
         y = F.silu(y) if silu else y
         return F.dropout(y, dropout) if dropout else y
@@ -87,24 +89,24 @@ class GroupNorm(nn.Module):
         """
         if not self._can_fuse(parts):
             return self(*parts, silu=silu), parts
-        y, *parts = self._fused(parts, None, None, None, silu, 0.0, parts[0].dtype)
-        return y, tuple(part for part in parts if part is not None)
+        y, *parts = self._fused(parts, None, None, None, silu, 0.0, parts[0].dtype, beside=True)
+        return y, tuple(parts)
 
     def _can_fuse(self, parts: tuple[Tensor, ...]) -> bool:
         return self.fused and norm_kernels is not None and norm_kernels.can_take(parts)
 
-    def _per_channel(self, values: Float[Tensor, "n g"]) -> Float[Tensor, "n c"]:
-        n, size = len(values), len(self.weight) // self.groups
-        return values[:, :, None].expand(n, self.groups, size).reshape(n, -1)
-
-    def _fused(self, parts, scale, shift, offset, silu, dropout, dtype) -> tuple:
+    def _fused(self, parts, scale, shift, offset, silu, dropout, dtype, beside=False):
         n, c = len(parts[0]), len(self.weight)
+        shapes = {(len(part), *part.shape[2:]) for part in parts}
+        if len(shapes) > 1 or sum(part.shape[1] for part in parts) != c:  # kernels would write elsewhere
+            given = " and ".join(str(tuple(part.shape)) for part in parts)
+            raise ReproError(f"maps of {given} do not join to {c} channels")
         k = torch.ones_like(self.weight).expand(n, c) if scale is None else 1 + scale.float()
         t = torch.zeros_like(k) if shift is None else shift.float()
         o = torch.zeros_like(k) if offset is None else offset.float().expand(n, c)
         seed = torch.randint(2**31 - 1, (1,), device=k.device) if dropout else None
         first, second = parts if len(parts) == 2 else (parts[0], None)
-        how = (self.groups, self.eps, silu, dropout, dtype)
+        how = (self.groups, self.eps, silu, dropout, dtype, beside)
         return _FusedGroupNorm.apply(first, second, self.weight, self.bias, k, t, o, seed, how)
 
 
@@ -112,12 +114,13 @@ class _FusedGroupNorm(torch.autograd.Function):
     """silu(a * x + b) with dropout, where a and b [n, c] follow from the sums of x over the pixels.
 
     With m = x + o, mean and variance taken over a group, u = weight / sqrt(variance + eps):
-    a = u * k and b = (bias - mean * u) * k + t + a * o. Also returns the parts (see `beside`).
+    a = u * k and b = (bias - mean * u) * k + t + a * o. With `beside`, also returns
+    the parts (see `GroupNorm.beside`).
     """
 
     @staticmethod
     def forward(ctx, first, second, weight, bias, k, t, o, seed, how):
-        groups, eps, silu, dropout, dtype = how
+        groups, eps, silu, dropout, dtype, beside = how
         parts = [part for part in (first, second) if part is not None]
         pixels = first.shape[2] * first.shape[3]
         n, c = k.shape
@@ -125,21 +128,24 @@ class _FusedGroupNorm(torch.autograd.Function):
         sums = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=2)) / pixels  # n 2 c
         m1 = sums[:, 0] + o
         m2 = sums[:, 1] + 2 * o * sums[:, 0] + o.square()
-        mean, square = m1.view(n, groups, -1).mean(2), m2.view(n, groups, -1).mean(2)  # n groups
+        mean, square = (
+            m1.view(n, groups, c // groups).mean(2),
+            m2.view(n, groups, c // groups).mean(2),
+        )  # n groups
         rstd = ((square - mean.square()).clamp(min=0) + eps).rsqrt()
         u = _spread(rstd, c) * weight
         a = u * k
         b = (bias - _spread(mean, c) * u) * k + t + a * o
         ctx.save_for_backward(first, second, weight, bias, k, o, seed, m1, mean, rstd, a, b)
         ctx.how = how
-        ctx.set_materialize_grads(False)
         y = norm_kernels.apply(first, second, a, b, seed, silu, dropout, dtype)
-        return y, first.view_as(first), None if second is None else second.view_as(second)
+        # only where they are used: compiled, an unused output's gradient is a map full of zeros
+        return (y, *[part.view_as(part) for part in parts]) if beside else y
 
     @staticmethod
-    def backward(ctx, dy, dfirst, dsecond):
+    def backward(ctx, dy, *dbeside):
         first, second, weight, bias, k, o, seed, m1, mean, rstd, a, b = ctx.saved_tensors
-        groups, _, silu, dropout, _ = ctx.how
+        groups, _, silu, dropout, *_ = ctx.how
         parts = [part for part in (first, second) if part is not None]
         pixels = first.shape[2] * first.shape[3]
         n, c = k.shape
@@ -166,7 +172,7 @@ class _FusedGroupNorm(torch.autograd.Function):
         p = dm1 / pixels + q * o
         dparts = [
             norm_kernels.grad(x, start, a, b, p, q, dy, beside, seed, silu, dropout)
-            for x, start, beside in zip(parts, starts, (dfirst, dsecond)[: len(parts)], strict=True)
+            for x, start, beside in zip(parts, starts, dbeside or [None] * len(parts), strict=True)
         ]
         dsecond = dparts[1] if len(parts) > 1 else None
         return dparts[0], dsecond, (du * wide_rstd).sum(0), (db * k).sum(0), dk, db, do, None, None

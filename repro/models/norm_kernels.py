@@ -8,19 +8,31 @@ Each is an operator of its own, which `torch.compile` calls as it is. Dropout ha
 element with a seed, so that the gradient finds the same mask without storing it.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = triton.knobs.runtime.interpret
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton runs its kernels on the CPU (TRITON_INTERPRET=1), as the tests have it."""
 
 
 def can_take(parts: tuple[Tensor, ...]) -> bool:
-    """Whether the kernels take these maps: one or two, on a GPU, of float32 or less."""
-    known = (torch.float32, torch.bfloat16, torch.float16)
-    return len(parts) <= 2 and all(part.dtype in known and (part.is_cuda or INTERPRETED) for part in parts)
+    """Whether the kernels take these maps: one or two of one type, on a GPU, of float32 or less.
+
+    A launch counts images and tiles of pixels in 16 bits, so a batch is at most 65,535 images and a map
+    1,000,000 pixels.
+    """
+    n, _, height, width = parts[0].shape
+    return (
+        len(parts) <= 2
+        and parts[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and all(part.dtype == parts[0].dtype and (part.is_cuda or INTERPRETED) for part in parts)
+        and 0 < n <= 65_535
+        and 0 < height * width <= 1_000_000
+    )
 
 
 WARPS = 4
@@ -52,11 +64,19 @@ def _kept(seed, pixel, channel, all_channels, threshold, scale):
 
 
 @triton.jit
+def _read(pointers, mask, WHOLE: tl.constexpr):
+    """What lies at `pointers`, float32; where tiles are whole, without the cost of a mask."""
+    if WHOLE:
+        return tl.load(pointers).to(tl.float32)
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _sums_kernel(
     x_ptr, dy_ptr, a_ptr, b_ptr, seed_ptr, out_ptr,
     pixels, channels, all_channels, start, per_split, threshold, scale,
     BACKWARD: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     image, split = tl.program_id(1), tl.program_id(2)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -73,10 +93,10 @@ def _sums_kernel(
     for offset in range(0, per_split, BLOCK_P):
         p = split * per_split + offset + tl.arange(0, BLOCK_P)
         mask = (p < pixels)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + p[:, None] * channels + c[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = _read(x_ptr + p[:, None] * channels + c[None, :], mask, WHOLE)
         if BACKWARD:
             at = p[:, None] * all_channels + (start + c)[None, :]
-            g = tl.load(dy_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            g = _read(dy_ptr + at, mask, WHOLE)
             if SILU:
                 z = a * x + b
                 s = tl.sigmoid(z)
@@ -98,7 +118,7 @@ def _map_kernel(
     x_ptr, dy_ptr, a_ptr, b_ptr, p_ptr, q_ptr, beside_ptr, seed_ptr, out_ptr,
     pixels, channels, all_channels, start, threshold, scale,
     BACKWARD: tl.constexpr, BESIDE: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     image = tl.program_id(2)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -110,10 +130,10 @@ def _map_kernel(
     coefficient = image * all_channels + start + c
     a = tl.load(a_ptr + coefficient, mask=inside, other=0.0)[None, :]
     b = tl.load(b_ptr + coefficient, mask=inside, other=0.0)[None, :]
-    x = tl.load(x_ptr + narrow, mask=mask, other=0.0).to(tl.float32)
+    x = _read(x_ptr + narrow, mask, WHOLE)
     z = a * x + b
     if BACKWARD:
-        out = tl.load(dy_ptr + wide, mask=mask, other=0.0).to(tl.float32)
+        out = _read(dy_ptr + wide, mask, WHOLE)
         if SILU:
             s = tl.sigmoid(z)
             out *= s * (1 + z * (1 - s))
@@ -128,7 +148,7 @@ def _map_kernel(
         q = tl.load(q_ptr + coefficient, mask=inside, other=0.0)[None, :]
         out = a * out + p + q * x
         if BESIDE:
-            out += tl.load(beside_ptr + narrow, mask=mask, other=0.0).to(tl.float32)
+            out += _read(beside_ptr + narrow, mask, WHOLE)
         tl.store(out_ptr + narrow, out.to(out_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(out_ptr + wide, out.to(out_ptr.dtype.element_ty), mask=mask)
@@ -156,13 +176,14 @@ def _launch_sums(x, start, a, b, dy, seed, silu, dropout) -> Tensor:
     splits = triton.cdiv(pixels, per_split)
     out = torch.empty(n, splits, 2, channels, device=x.device)
     x = x.contiguous(memory_format=torch.channels_last)
-    _sums_kernel[columns, n, splits](
-        x, x if dy is None else dy, x if a is None else a, x if b is None else b, x if seed is None else seed,
-        out, pixels, channels, channels if dy is None else dy.shape[1], start, per_split,
-        *_threshold(dropout),
-        BACKWARD=dy is not None, SILU=silu, DROPOUT=dropout > 0, BLOCK_P=block_p, BLOCK_C=block_c,
-        num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _sums_kernel[columns, n, splits](
+            x, x if dy is None else dy, x if a is None else a, x if b is None else b,
+            x if seed is None else seed, out, pixels, channels,
+            channels if dy is None else dy.shape[1], start, per_split, *_threshold(dropout),
+            BACKWARD=dy is not None, SILU=silu, DROPOUT=dropout > 0, BLOCK_P=block_p, BLOCK_C=block_c,
+            WHOLE=channels % block_c == 0 and pixels == splits * per_split, num_warps=WARPS,
+        )  # fmt: skip
     return out.sum(1) if splits > 1 else out.view(n, 2, channels)
 
 
@@ -171,13 +192,15 @@ def _launch_map(x, start, a, b, p, q, dy, beside, seed, silu, dropout, out) -> N
     pixels = height * width
     block_c, block_p = _block(channels)
     x = x.contiguous(memory_format=torch.channels_last)
-    _map_kernel[triton.cdiv(channels, block_c), triton.cdiv(pixels, block_p), n](
-        x, x if dy is None else dy, a, b, a if p is None else p, a if q is None else q,
-        x if beside is None else beside.contiguous(memory_format=torch.channels_last),
-        x if seed is None else seed, out, pixels, channels, a.shape[1], start, *_threshold(dropout),
-        BACKWARD=dy is not None, BESIDE=beside is not None, SILU=silu, DROPOUT=dropout > 0,
-        BLOCK_P=block_p, BLOCK_C=block_c, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        _map_kernel[triton.cdiv(channels, block_c), triton.cdiv(pixels, block_p), n](
+            x, x if dy is None else dy, a, b, a if p is None else p, a if q is None else q,
+            x if beside is None else beside.contiguous(memory_format=torch.channels_last),
+            x if seed is None else seed, out, pixels, channels, a.shape[1], start, *_threshold(dropout),
+            BACKWARD=dy is not None, BESIDE=beside is not None, SILU=silu, DROPOUT=dropout > 0,
+            BLOCK_P=block_p, BLOCK_C=block_c, WHOLE=channels % block_c == 0 and pixels % block_p == 0,
+            num_warps=WARPS,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("repro::norm_sums", mutates_args=())

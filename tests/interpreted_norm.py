@@ -1,0 +1,195 @@
+"""What the norm's kernels compute, run by Triton's interpreter on the CPU: for a process of its own.
+
+Prints one JSON object: for each case, the largest error of each result beside PyTorch's own functions in
+float64, relative to the largest value of that result.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from repro.files import ReproError
+from repro.models import norm_kernels
+from repro.models.norm import GroupNorm
+from repro.models.unet import ResidualBlock
+
+assert norm_kernels.INTERPRETED
+
+
+def draw(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def maps(n, widths, sides, dtype=torch.float32):
+    """Parts of one map, channels-last, whose channels differ in mean and spread."""
+    parts = []
+    for at, width in enumerate(widths):
+        spread = torch.linspace(0.5, 2, width, dtype=torch.float64)[None, :, None, None]
+        x = draw(n, width, *sides, seed=at) * spread + draw(1, width, 1, 1, seed=10 + at)
+        parts.append(x.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_())
+    return parts
+
+
+def of_norm(channels):
+    norm = GroupNorm(channels)
+    with torch.no_grad():
+        norm.weight.copy_(draw(channels, seed=20))
+        norm.bias.copy_(draw(channels, seed=21))
+    return norm
+
+
+def expected(parts, norm, scale, shift, offset, silu):
+    """By PyTorch's own functions."""
+    x = torch.cat(parts, dim=1)
+    x = x if offset is None else x + offset.expand(x.shape[:2])[:, :, None, None]
+    y = F.group_norm(x, norm.groups, norm.weight, norm.bias, norm.eps)
+    y = y if scale is None else y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
+    return F.silu(y) if silu else y
+
+
+def errors(results, exact):
+    assert len(results) == len(exact)
+    return [
+        float((result.double() - right).detach().abs().max() / right.detach().abs().max())
+        for result, right in zip(results, exact, strict=True)
+    ]
+
+
+def forward_and_gradients(
+    widths=(64, 32),
+    sides=(5, 7),
+    n=3,
+    modulated=True,
+    offset="n c",
+    silu=True,
+    dtype=torch.float32,
+    compiled=False,
+):
+    channels = sum(widths)
+    norm = of_norm(channels)
+    parts = maps(n, widths, sides, dtype)
+    scale = (0.3 * draw(n, channels, seed=30)).float() if modulated else None
+    shift = draw(n, channels, seed=31).float() if modulated else None
+    offset = {"n c": draw(n, channels, seed=32), "c": draw(channels, seed=32), None: None}[offset]
+    offset = None if offset is None else offset.float()
+    inputs = parts + [given.requires_grad_() for given in (scale, shift, offset) if given is not None]
+    upstream = draw(n, channels, *sides, seed=40)
+
+    call = torch.compile(norm, backend="aot_eager") if compiled else norm
+    y = call(*parts, scale=scale, shift=shift, offset=offset, silu=silu)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    gradients = torch.autograd.grad((y * upstream).sum(), inputs + list(norm.parameters()))
+
+    norm = norm.double()
+    wide = {id(given): given.detach().double().requires_grad_() for given in inputs}
+    given = [None if g is None else wide[id(g)] for g in (scale, shift, offset)]
+    exact = expected([wide[id(part)] for part in parts], norm, *given, silu)
+    wanted = torch.autograd.grad((exact * upstream).sum(), [*wide.values(), *norm.parameters()])
+    return errors([y, *gradients], [exact, *wanted])
+
+
+def beside():
+    norm, results = of_norm(64), []
+    parts = maps(2, (32, 32), (32, 32))
+    for fused in (True, False):
+        norm.fused = fused
+        y, again = norm.beside(*parts, silu=True)
+        loss = (y * draw(*y.shape, seed=50)).sum() + sum((part**2).sum() for part in again)
+        results.append([y, *torch.autograd.grad(loss, parts + list(norm.parameters()))])
+    return errors(results[0], [result.double() for result in results[1]])
+
+
+def beside_alone():
+    """Only what runs beside the norm has a gradient."""
+    norm = of_norm(64)
+    parts = maps(2, (64,), (6, 4))
+    _, (again,) = norm.beside(*parts)
+    return errors(torch.autograd.grad((again**2).sum(), parts), [2 * parts[0].double()])
+
+
+def read():
+    """How many maps the kernels read, of each kind, in a compiled block's backward pass."""
+    launch, seen = norm_kernels._launch_map, []
+
+    def watch(x, start, a, b, p, q, dy, beside, *others):
+        if dy is not None:
+            given = [x, dy] if beside is None else [x, dy, beside]
+            seen.append([tensor.is_contiguous(memory_format=torch.channels_last) for tensor in given])
+        return launch(x, start, a, b, p, q, dy, beside, *others)
+
+    norm_kernels._launch_map = watch
+    block = ResidualBlock(64, 32, 16, 0.1, True).to(memory_format=torch.channels_last)
+    parts = maps(2, (32, 32), (6, 4))
+    y = torch.compile(block, backend="aot_eager")(parts[0], torch.zeros(2, 16), parts[1])
+    y.sum().backward()
+    norm_kernels._launch_map = launch
+    return seen
+
+
+def dropout():
+    """The same seed drops the same elements, forwards and backwards; others drop others, 30% of them."""
+    norm = of_norm(64)
+    (x,) = maps(4, (64,), (32, 32))
+    torch.manual_seed(3)
+    y = norm(x, silu=True, dropout=0.3)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    torch.manual_seed(3)
+    assert torch.equal(norm(x, silu=True, dropout=0.3), y)
+    kept = y != 0
+    plain = expected([x], norm, None, None, None, True)
+    (wanted,) = torch.autograd.grad((plain * kept / 0.7).sum(), x)
+    other = norm(x, silu=True, dropout=0.3) != 0
+    by_image = [float((~kept[a] & ~kept[b]).double().mean()) for a in range(4) for b in range(4) if a < b]
+    neighbours = [float((~kept & ~kept.roll(1, dim)).double().mean()) for dim in (1, 2, 3)]
+    return {
+        "errors": errors([y, gradient], [(plain * kept / 0.7).double(), wanted.double()]),
+        "dropped": float((~kept).double().mean()),
+        "dropped_twice": [*by_image, *neighbours, float((~kept & ~other).double().mean())],
+        "all": float(norm(x, dropout=1.0).detach().abs().max()),
+    }
+
+
+CASES = {
+    "two parts": dict(),
+    "one part": dict(widths=(96,)),
+    "shift and scale absent": dict(modulated=False, offset="c"),
+    "nothing but the norm": dict(widths=(64,), modulated=False, offset=None, silu=False),
+    "no activation": dict(silu=False),
+    "several tiles": dict(widths=(128, 64), sides=(20, 30), n=2),
+    "whole tiles": dict(widths=(64, 64), sides=(16, 8)),
+    "odd widths": dict(widths=(40, 24), sides=(9, 7)),
+    "one pixel": dict(sides=(1, 1)),
+}
+
+
+def refused():
+    """Messages for maps that do not join."""
+    norm, messages = of_norm(64), []
+    for widths, sides in (((32, 32), ((4, 4), (3, 3))), ((32, 16), ((4, 4), (4, 4)))):
+        parts = [torch.zeros(2, width, *side) for width, side in zip(widths, sides, strict=True)]
+        try:
+            norm(*parts)
+        except ReproError as error:
+            messages.append(str(error))
+    return messages
+
+
+def taken():
+    """Whether the kernels take maps of these types and numbers of images."""
+    map = torch.zeros(2, 8, 4, 4)
+    many = map[:1].expand(70_000, -1, -1, -1)
+    cases = [(map,), (map, map), (map,) * 3, (map.double(),), (map, map.bfloat16()), (map[:0],), (many,)]
+    return [norm_kernels.can_take(case) for case in cases]
+
+
+if __name__ == "__main__":
+    found = {name: forward_and_gradients(**case) for name, case in CASES.items()}
+    found["compiled"] = forward_and_gradients(compiled=True)
+    found["bfloat16"] = forward_and_gradients(dtype=torch.bfloat16)
+    found |= {check.__name__: check() for check in (beside, beside_alone, read, refused, taken, dropout)}
+    print(json.dumps(found))

@@ -1,0 +1,81 @@
+"""The norm's kernels against PyTorch's own functions, run by Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from repro.models.norm import GroupNorm, norm_kernels
+
+FLOAT32 = (
+    "two parts", "one part", "shift and scale absent", "nothing but the norm", "no activation",
+    "several tiles", "whole tiles", "odd widths", "one pixel", "beside", "beside_alone", "compiled",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Triton reads TRITON_INTERPRET when it is imported, so this takes a process of its own."""
+    if norm_kernels is None:
+        pytest.skip("Triton is not installed: `make kernels` adds it")
+    script = Path(__file__).with_name("interpreted_norm.py")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    process = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("case", FLOAT32)
+def test_the_kernels_and_their_gradients_are_exact_to_float32(found, case):
+    assert max(found[case]) < 1e-5
+
+
+def test_in_bfloat16_only_inputs_and_outputs_are_rounded(found):
+    assert 1e-4 < max(found["bfloat16"]) < 2e-2
+
+
+def test_every_case_is_looked_at(found):
+    assert set(found) == {*FLOAT32, "bfloat16", "dropout", "read", "refused", "taken"}
+
+
+def test_dropout_drops_as_often_as_asked_and_independently(found):
+    dropout = found["dropout"]
+    assert max(dropout["errors"]) < 1e-5
+    elements = 4 * 64 * 32 * 32
+    assert abs(dropout["dropped"] - 0.3) < 5 * (0.3 * 0.7 / elements) ** 0.5
+    for twice in dropout["dropped_twice"]:  # of two images, neighbouring elements, two calls
+        assert abs(twice - 0.09) < 5 * (0.09 * 0.91 / (elements / 4)) ** 0.5
+    assert dropout["all"] == 0
+
+
+def test_compiled_the_kernels_read_nothing_in_vain(found):
+    """Each map channels-last, and beside the second norm, which nothing runs beside, no gradient of zeros."""
+    assert found["read"] == [[True] * 2, [True] * 3, [True] * 3]
+
+
+def test_maps_that_do_not_join_are_refused(found):
+    sides, widths = found["refused"]
+    assert sides == "maps of (2, 32, 4, 4) and (2, 32, 3, 3) do not join to 64 channels"
+    assert widths == "maps of (2, 32, 4, 4) and (2, 16, 4, 4) do not join to 64 channels"
+
+
+def test_what_the_kernels_cannot_do_is_left_to_pytorch(found):
+    assert found["taken"] == [True, True, False, False, False, False, False]
+
+
+@pytest.mark.parametrize("given", ["scale", "shift"])
+def test_scale_and_shift_stand_alone(given):
+    norm = GroupNorm(64).double()
+    x = torch.randn(2, 64, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    value = torch.randn(2, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wide, plain = value[:, :, None, None], norm(x)
+    expected = plain * (1 + wide) if given == "scale" else plain + wide
+    torch.testing.assert_close(norm(x, **{given: value}), expected)
+
+
+def test_no_images_give_no_images():
+    assert GroupNorm(64)(torch.zeros(0, 64, 3, 3)).shape == (0, 64, 3, 3)
