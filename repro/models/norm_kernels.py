@@ -78,7 +78,9 @@ def _sums_kernel(
     BACKWARD: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    image, split = tl.program_id(1), tl.program_id(2)
+    # from the last image to the first: the last ones may still be cached from the kernel that wrote
+    # them, and the first ones are when the next kernel starts with them
+    image, split = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = c < channels
     x_ptr += image.to(tl.int64) * pixels * channels
