@@ -1,4 +1,4 @@
-"""What the norm's kernels compute, run by Triton's interpreter on the CPU: for a process of its own.
+"""What the norm's kernels compute, on the GPU, or by Triton's interpreter: for a process of its own.
 
 Prints one JSON object: for each case, the largest error of each result beside PyTorch's own functions in
 float64, relative to the largest value of that result.
@@ -18,11 +18,13 @@ from repro.models import norm_kernels
 from repro.models.norm import GroupNorm
 from repro.models.unet import ResidualBlock
 
-assert norm_kernels.INTERPRETED
+torch.set_default_device("cpu" if norm_kernels.INTERPRETED else "cuda")
 
 
 def draw(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def maps(n, widths, sides, dtype=torch.float32):
