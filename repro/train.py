@@ -17,9 +17,9 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -201,6 +201,35 @@ def draw(run: config.Config, step: int, place: Place, generator: torch.Generator
     )
 
 
+class GradientMean:
+    """The mean of all processes' gradients, by one all-reduce after the backward pass.
+
+    Where a step is captured as a CUDA graph, this takes the place of DistributedDataParallel, whose hooks,
+    which reduce gradients while others are still computed, belong to each launch of a backward pass.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter]):
+        self.parameters = list(parameters)
+        first, sizes = self.parameters[0], [p.numel() for p in self.parameters]
+        self.flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
+        self.shares = [
+            part.as_strided(p.shape, p.stride())  # as it lies in memory, channels-last or not
+            for part, p in zip(self.flat.split(sizes), self.parameters, strict=True)
+        ]
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        """Replace each parameter's gradient; one without any, which must be so everywhere, stays without."""
+        found = [
+            (p, share) for p, share in zip(self.parameters, self.shares, strict=True) if p.grad is not None
+        ]
+        torch._foreach_copy_([share for _, share in found], [p.grad for p, _ in found])
+        torch.distributed.all_reduce(self.flat)
+        self.flat /= torch.distributed.get_world_size()
+        for p, share in found:
+            p.grad = share
+
+
 class Trainer:
     """Everything that a step changes, and how it is saved and restored."""
 
@@ -228,11 +257,13 @@ class Trainer:
         """Whether the state is that of a time limit, and so to be measured."""
         self.sessions: list[runs.Session] = []
 
-        # not shown to work with DistributedDataParallel, whose hooks are not captured
-        self.graphs = run.train.cuda_graphs and on_gpu and place.world == 1
+        self.graphs = run.train.cuda_graphs and on_gpu
         self.graph, self.warmed_up, self.side = None, 0, None
         net = torch.compile(self.net, dynamic=False) if run.train.compile else self.net
-        if place.world > 1:
+        self.average_gradients = None
+        if place.world > 1 and self.graphs:
+            self.average_gradients = GradientMean(self.net.parameters())
+        elif place.world > 1:
             device_ids = [place.device.index] if place.device.type == "cuda" else None
             net = DistributedDataParallel(net, device_ids=device_ids)
         self.denoiser.net = net
@@ -288,6 +319,8 @@ class Trainer:
         with tf32(self.run.train.precision == "bf16"):
             loss = self.loss(self.denoiser, y, noise, uniform, labels).mean()
             loss.backward()
+        if self.average_gradients:
+            self.average_gradients()
         if self.run.train.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.run.train.grad_clip)
         self.optimizer.step()
@@ -323,6 +356,12 @@ class Trainer:
             mine.copy_(tensor)
         self.graph.replay()
         return self.captured_loss.clone()
+
+    def close(self) -> None:
+        """Let go of the captured step: a process group whose reductions it holds could not be left."""
+        if self.graph is not None:
+            torch.cuda.synchronize(self.place.device)
+            self.graph = None
 
     def save_state(self, path: Path) -> None:
         """Write all of the state, atomically: a killed run goes on from here."""
@@ -511,7 +550,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
     losses, began, logged_at, logged_images = [], time.perf_counter(), time.perf_counter(), trainer.images
     stop = False
 
-    with ThreadPoolExecutor(1) as loader:
+    with closing(trainer), ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(batches.fetch, trainer.step)
         while trainer.step < total and not stop:
             y, labels = upcoming.result()

@@ -1,8 +1,8 @@
 """Group normalisation together with what stands beside it: scale and shift, SiLU, dropout.
 
-`GroupNorm` computes it plainly in PyTorch, and on a GPU by the kernels of `norm_kernels`: there the
-norms of a UNet are bound by memory, and fused they read and write each activation as seldom as
-possible (see `paper/bench`).
+`GroupNorm` computes it plainly in PyTorch, and on a GPU by the kernels of `norm_kernels`: there the norms of
+a UNet are bound by memory, and fused they read and write each activation as seldom as possible (see
+`paper/bench`).
 """
 
 from __future__ import annotations
@@ -101,81 +101,51 @@ class GroupNorm(nn.Module):
         if len(shapes) > 1 or sum(part.shape[1] for part in parts) != c:  # kernels would write elsewhere
             given = " and ".join(str(tuple(part.shape)) for part in parts)
             raise ReproError(f"maps of {given} do not join to {c} channels")
-        k = torch.ones_like(self.weight).expand(n, c) if scale is None else 1 + scale.float()
-        t = torch.zeros_like(k) if shift is None else shift.float()
-        o = torch.zeros_like(k) if offset is None else offset.float().expand(n, c)
-        seed = torch.randint(2**31 - 1, (1,), device=k.device) if dropout else None
+        k = None if scale is None else 1 + scale.float()
+        t = None if shift is None else shift.float()
+        o = None if offset is None else offset.float().expand(n, c)
+        seed = torch.randint(2**31 - 1, (1,), device=parts[0].device) if dropout else None
         first, second = parts if len(parts) == 2 else (parts[0], None)
         how = (self.groups, self.eps, silu, dropout, dtype, beside)
         return _FusedGroupNorm.apply(first, second, self.weight, self.bias, k, t, o, seed, how)
 
 
 class _FusedGroupNorm(torch.autograd.Function):
-    """silu(a * x + b) with dropout, where a and b [n, c] follow from the sums of x over the pixels.
+    """dropout(silu(a * x + b)) by the kernels; the letters are those of `norm_kernels`.
 
-    With m = x + o, mean and variance taken over a group, u = weight / sqrt(variance + eps):
-    a = u * k and b = (bias - mean * u) * k + t + a * o. With `beside`, also returns
-    the parts (see `GroupNorm.beside`).
+    With `beside`, also returns the parts (see `GroupNorm.beside`).
     """
 
     @staticmethod
     def forward(ctx, first, second, weight, bias, k, t, o, seed, how):
         groups, eps, silu, dropout, dtype, beside = how
-        parts = [part for part in (first, second) if part is not None]
-        pixels = first.shape[2] * first.shape[3]
-        n, c = k.shape
-        sums = [norm_kernels.sums(part) for part in parts]
-        sums = (sums[0] if len(sums) == 1 else torch.cat(sums, dim=2)) / pixels  # n 2 c
-        m1 = sums[:, 0] + o
-        m2 = sums[:, 1] + 2 * o * sums[:, 0] + o.square()
-        mean, square = (
-            m1.view(n, groups, c // groups).mean(2),
-            m2.view(n, groups, c // groups).mean(2),
-        )  # n groups
-        rstd = ((square - mean.square()).clamp(min=0) + eps).rsqrt()
-        u = _spread(rstd, c) * weight
-        a = u * k
-        b = (bias - _spread(mean, c) * u) * k + t + a * o
-        ctx.save_for_backward(first, second, weight, bias, k, o, seed, m1, mean, rstd, a, b)
-        ctx.how = how
-        y = norm_kernels.apply(first, second, a, b, seed, silu, dropout, dtype)
+        y, stats = norm_kernels.normalise(
+            first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout, dtype
+        )
+        ctx.save_for_backward(first, second, weight, bias, k, seed, stats)
+        ctx.how, ctx.given = how, (t is not None, o is not None)
         # only where they are used: compiled, an unused output's gradient is a map full of zeros
+        parts = [part for part in (first, second) if part is not None]
         return (y, *[part.view_as(part) for part in parts]) if beside else y
 
     @staticmethod
     def backward(ctx, dy, *dbeside):
-        first, second, weight, bias, k, o, seed, m1, mean, rstd, a, b = ctx.saved_tensors
+        first, second, weight, bias, k, seed, stats = ctx.saved_tensors
         groups, _, silu, dropout, *_ = ctx.how
-        parts = [part for part in (first, second) if part is not None]
-        pixels = first.shape[2] * first.shape[3]
-        n, c = k.shape
-        size = c // groups
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        starts = [0, first.shape[1]][: len(parts)]
-        sums = [
-            norm_kernels.grad_sums(x, start, a, b, dy, seed, silu, dropout)
-            for x, start in zip(parts, starts, strict=True)
-        ]
-        sums = sums[0] if len(sums) == 1 else torch.cat(sums, dim=2)  # n 2 c
-        db, dxb = sums[:, 0], sums[:, 1]  # of z = a * x + b: the sums of dz and of dz * x
-        da = dxb + o * db
-        wide_mean, wide_rstd = _spread(mean, c), _spread(rstd, c)
-        u = wide_rstd * weight
-        dk = da * u + db * (bias - wide_mean * u)
-        du = (da - db * wide_mean) * k
-        dvariance = -0.5 * rstd**3 * (du * weight).view(n, groups, size).sum(2)
-        dmean = -(db * u * k).view(n, groups, size).sum(2) - 2 * mean * dvariance
-        dm2 = _spread(dvariance, c) / size
-        dm1 = _spread(dmean, c) / size
-        do = a * db + dm1 + 2 * dm2 * m1
-        q = 2 * dm2 / pixels
-        p = dm1 / pixels + q * o
-        dparts = [
-            norm_kernels.grad(x, start, a, b, p, q, dy, beside, seed, silu, dropout)
-            for x, start, beside in zip(parts, starts, dbeside or [None] * len(parts), strict=True)
-        ]
-        dsecond = dparts[1] if len(parts) > 1 else None
-        return dparts[0], dsecond, (du * wide_rstd).sum(0), (db * k).sum(0), dk, db, do, None, None
+        shifted, moved = ctx.given
+        beside_1, beside_2 = (*dbeside, None, None)[:2]
+        dfirst, dsecond, found = norm_kernels.normalise_grad(
+            first, second, dy, beside_1, beside_2, seed, stats, groups, silu, dropout
+        )
+        db, dxb, do = found[:, 0], found[:, 1], found[:, 2]  # n c
+        rstd, e = stats[:, 2], stats[:, 3]
+        du = (dxb - e * db) * rstd  # of weight * k
+        dweight, dbias = (du, db) if k is None else (du * k, db * k)
+        dk = None if k is None else du * weight + db * bias
+        return (
+            dfirst, None if second is None else dsecond, dweight.sum(0), dbias.sum(0),
+            dk, db if shifted else None, do if moved else None, None, None,
+        )  # fmt: skip
 
 
 def _spread(values: Tensor, channels: int) -> Tensor:

@@ -1,14 +1,25 @@
-"""Triton kernels of `GroupNorm`: sums over pixels, and an affine map with SiLU and dropout.
+"""Triton kernels of `GroupNorm` with scale, shift, SiLU and dropout: `normalise` and its gradient.
 
-Maps are channels-last [n, c, h, w]; coefficients are float32 [n, c]. With z = a * x + b,
-y = dropout(silu(z)) and dz the gradient that reaches z:
-`sums` and `grad_sums` reduce over pixels, `apply` forms y, `grad` forms a * dz + p + q * x + beside.
+Many programs share an image, each with a tile of it. Each gives the sums over its tile; the last one of an
+image to do so turns all sums into coefficients, for which the others wait, and then all go over their tiles
+again, which the GPU's L2 cache still holds. So a map comes from memory once, where one kernel for the sums
+and another for the result read it twice. Waiting works because a GPU starts programs in order, and all of
+one image run at once: `share_out` sees to that.
 
-Each is an operator of its own, which `torch.compile` calls as it is. Dropout hashes the position of an
-element with a seed, so that the gradient finds the same mask without storing it.
+Maps are channels-last [n, c, h, w], coefficients float32 [n, c]. For x in one or two parts, m = x + o, and
+mean and variance of m over a group:
+
+    z = a * x + b    with  a = weight * k / sqrt(variance + eps),  b = bias * k + t - a * e,  e = mean - o
+    y = dropout(silu(z))
+
+Dropout hashes the position of an element with a seed, so that the gradient finds the same mask without
+storing it. Each kernel is an operator of its own, which `torch.compile` calls as it is.
 """
 
+from __future__ import annotations
+
 import os
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,12 +29,28 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 """Whether Triton runs its kernels on the CPU (TRITON_INTERPRET=1), as the tests have it."""
 
+COMPILED = tl.constexpr(not INTERPRETED)
+
+LAUNCHES = range(2 if INTERPRETED else 1)
+"""The interpreter runs programs one after another, so none can wait: the second launch finds all sums."""
+
+WARPS, REGISTERS = 8, 64
+"""Of each program, and of each thread at most: so four programs run on a multiprocessor of any GPU."""
+
+FORWARD_TILE, BACKWARD_TILE = 16_384, 8_192
+"""Elements of a program's tile: small enough that the tiles of all running programs stay in L2."""
+
+CHUNK = 2_048
+"""Elements of a tile that a program takes at a time: 16 bytes a thread in bfloat16."""
+
+
+# How the work is shared out -------------------------------------------------------------------------
+
 
 def can_take(parts: tuple[Tensor, ...]) -> bool:
     """Whether the kernels take these maps: one or two of one type, on a GPU, of float32 or less.
 
-    A launch counts images and tiles of pixels in 16 bits, so a batch is at most 65,535 images and a map
-    1,000,000 pixels.
+    A launch counts images in 16 bits, so a batch is at most 65,535 of them.
     """
     n, _, height, width = parts[0].shape
     return (
@@ -35,8 +62,64 @@ def can_take(parts: tuple[Tensor, ...]) -> bool:
     )
 
 
-WARPS = 4
-"""Warps of each program."""
+@dataclass(frozen=True)
+class Share:
+    """Each program takes `chunks` times `pixels` by `channels`; an image has `splits` by `columns`."""
+
+    pixels: int
+    channels: int
+    chunks: int
+    splits: int
+    columns: int
+
+
+def share_out(parts: tuple[Tensor, ...], tile: int) -> Share:
+    """Tiles of `tile` elements of these maps, or larger ones where the programs of an image would be too
+    many to run at once (twice as many as may wait for each other always do)."""
+    widths = [part.shape[1] for part in parts]
+    pixels = parts[0].shape[2] * parts[0].shape[3]
+    channels = min(64, *(width & -width for width in widths))  # a power of two that divides them
+    chunk = min(CHUNK // channels, triton.next_power_of_2(pixels))
+    columns = sum(widths) // channels
+    most = _programs_that_may_wait(parts[0].device.index)
+    chunks = max(1, tile // channels // chunk)
+    while (splits := triton.cdiv(pixels, chunks * chunk)) * columns > most and splits > 1:
+        chunks *= 2
+    return Share(chunk, channels, min(chunks, triton.cdiv(pixels, chunk)), splits, columns)
+
+
+@torch.compiler.assume_constant_result
+def _programs_that_may_wait(gpu: int | None) -> int:
+    return 1024 if INTERPRETED else 2 * torch.cuda.get_device_properties(gpu).multi_processor_count
+
+
+def _threshold(dropout: float) -> tuple[int, float]:
+    """Where the bits of a kept element start, as a signed number, and what it is multiplied by."""
+    return min(int(dropout * 2**32) - 2**31, 2**31 - 1), 1 / (1 - dropout) if dropout < 1 else 0.0
+
+
+# Parts of both kernels ------------------------------------------------------------------------------
+
+
+@triton.jit
+def _sigmoid(z):
+    """1 / (1 + exp(-z)) to float32's last digits, in four instructions instead of twelve."""
+    if COMPILED:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .f32 e;
+            mul.ftz.f32 e, $1, 0fBFB8AA3B;  // -1 / ln 2
+            ex2.approx.ftz.f32 e, e;
+            add.ftz.f32 e, e, 0f3F800000;  // 1
+            rcp.approx.ftz.f32 $0, e;
+            }""",
+            "=r,r",
+            [z],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    return tl.sigmoid(z)
 
 
 @triton.jit
@@ -72,213 +155,404 @@ def _read(pointers, mask, WHOLE: tl.constexpr):
 
 
 @triton.jit
-def _sums_kernel(
-    x_ptr, dy_ptr, a_ptr, b_ptr, seed_ptr, out_ptr,
-    pixels, channels, all_channels, start, per_split, threshold, scale,
-    BACKWARD: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
-):  # fmt: skip
-    # from the last image to the first: the last ones may still be cached from the kernel that wrote
-    # them, and the first ones are when the next kernel starts with them
-    image, split = tl.num_programs(1) - 1 - tl.program_id(1), tl.program_id(2)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = c < channels
-    x_ptr += image.to(tl.int64) * pixels * channels
-    if BACKWARD:
-        dy_ptr += image.to(tl.int64) * pixels * all_channels
-        a = tl.load(a_ptr + image * all_channels + start + c, mask=inside, other=0.0)[None, :]
-        b = tl.load(b_ptr + image * all_channels + start + c, mask=inside, other=0.0)[None, :]
-        if DROPOUT:
-            seed = _image_seed(seed_ptr, image)
-    first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for offset in range(0, per_split, BLOCK_P):
-        p = split * per_split + offset + tl.arange(0, BLOCK_P)
-        mask = (p < pixels)[:, None] & inside[None, :]
-        x = _read(x_ptr + p[:, None] * channels + c[None, :], mask, WHOLE)
-        if BACKWARD:
-            at = p[:, None] * all_channels + (start + c)[None, :]
-            g = _read(dy_ptr + at, mask, WHOLE)
-            if SILU:
-                z = a * x + b
-                s = tl.sigmoid(z)
-                g *= s * (1 + z * (1 - s))
-            if DROPOUT:
-                g *= _kept(seed, p, start + c, all_channels, threshold, scale)
-            first += g
-            second += g * x
-        else:
-            first += x
-            second += x * x
-    out = out_ptr + ((image * tl.num_programs(2) + split) * 2).to(tl.int64) * channels + c
-    tl.store(out, tl.sum(first, 0), mask=inside)
-    tl.store(out + channels, tl.sum(second, 0), mask=inside)
+def _write(pointers, values, mask, WHOLE: tl.constexpr):
+    values = values.to(pointers.dtype.element_ty)
+    if WHOLE:
+        tl.store(pointers, values)
+    else:
+        tl.store(pointers, values, mask=mask)
 
 
 @triton.jit
-def _map_kernel(
-    x_ptr, dy_ptr, a_ptr, b_ptr, p_ptr, q_ptr, beside_ptr, seed_ptr, out_ptr,
-    pixels, channels, all_channels, start, threshold, scale,
-    BACKWARD: tl.constexpr, BESIDE: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, WHOLE: tl.constexpr,
+def _add_pairs(first, second, other_first, other_second):
+    return first + other_first, second + other_second
+
+
+@triton.jit
+def _give_sums(first, second, partial_ptr, counter_ptr, image, split, channel, channels: tl.constexpr,
+               SPLITS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """Store this tile's sums over its pixels; true for the last of the image's programs to do so."""
+    first, second = tl.reduce((first, second), 0, _add_pairs)
+    partial_ptr += (image * SPLITS + split).to(tl.int64) * 2 * channels + channel
+    tl.store(partial_ptr, first)
+    tl.store(partial_ptr + channels, second)
+    tl.debug_barrier()  # all threads have stored
+    return tl.atomic_add(counter_ptr + image, 1, sem="acq_rel") % (SPLITS * COLUMNS) == SPLITS * COLUMNS - 1
+
+
+@triton.jit
+def _all_sums(partial_ptr, image, channel, mask, channels: tl.constexpr, SPLITS: tl.constexpr):
+    """The sums of all tiles of an image, for channels laid out as `channel` is."""
+    partial_ptr += (image * SPLITS).to(tl.int64) * 2 * channels + channel
+    first, second = tl.zeros(channel.shape, tl.float32), tl.zeros(channel.shape, tl.float32)
+    for split in tl.range(SPLITS, loop_unroll_factor=4):
+        from_ptr = partial_ptr + split * 2 * channels
+        first += tl.load(from_ptr, mask=mask, other=0.0, cache_modifier=".cg")
+        second += tl.load(from_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
+    return first, second
+
+
+@triton.jit
+def _announce(flag_ptr, image):
+    """Let the image's programs go on: all that this one has stored is there."""
+    tl.debug_barrier()
+    tl.atomic_add(flag_ptr + image, 1, sem="release")
+
+
+@triton.jit
+def _wait(flag_ptr, image, WAIT: tl.constexpr):
+    """Wait for the image's last program; what it stored is then visible."""
+    if WAIT:
+        while tl.atomic_add(flag_ptr + image, 0, sem="acquire") == 0:
+            pass
+    tl.debug_barrier()
+
+
+# Forwards -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _norm_kernel(
+    first_ptr, second_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
+    partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr,
+    o_row, eps, threshold, scale,
+    SCALED: tl.constexpr, SHIFTED: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr,
+    DROPOUT: tl.constexpr, pixels: tl.constexpr, channels_1: tl.constexpr, channels: tl.constexpr,
+    groups: tl.constexpr, size: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WAIT: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(2)
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pixel = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = c < channels
-    mask = (pixel < pixels)[:, None] & inside[None, :]
-    narrow = image.to(tl.int64) * pixels * channels + pixel[:, None] * channels + c[None, :]
-    wide = image.to(tl.int64) * pixels * all_channels + pixel[:, None] * all_channels + (start + c)[None, :]
-    coefficient = image * all_channels + start + c
-    a = tl.load(a_ptr + coefficient, mask=inside, other=0.0)[None, :]
-    b = tl.load(b_ptr + coefficient, mask=inside, other=0.0)[None, :]
-    x = _read(x_ptr + narrow, mask, WHOLE)
-    z = a * x + b
-    if BACKWARD:
-        out = _read(dy_ptr + wide, mask, WHOLE)
-        if SILU:
-            s = tl.sigmoid(z)
-            out *= s * (1 + z * (1 - s))
-    else:
-        out = z
-        if SILU:
-            out = z * tl.sigmoid(z)
+    # from the last image to the first: the last ones may still be cached from the kernel that wrote
+    # them, and the first ones are when the next kernel starts with them
+    image = tl.num_programs(1) - 1 - tl.program_id(1)
+    column, split = tl.program_id(0) % COLUMNS, tl.program_id(0) // COLUMNS
+    if column * BLOCK_C < channels_1:
+        _norm_program(
+            first_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
+            partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr, o_row, eps, threshold, scale,
+            image, column, split, 0, channels_1,
+            SCALED, SHIFTED, OFFSET, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
+            BLOCK_P, BLOCK_C, CHUNKS, SPLITS, COLUMNS, WHOLE, WAIT,
+        )  # fmt: skip
+    elif channels_1 < channels:
+        _norm_program(
+            second_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
+            partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr, o_row, eps, threshold, scale,
+            image, column, split, channels_1, channels - channels_1,
+            SCALED, SHIFTED, OFFSET, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
+            BLOCK_P, BLOCK_C, CHUNKS, SPLITS, COLUMNS, WHOLE, WAIT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _norm_program(
+    x_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr, partial_ptr, counter_ptr, flag_ptr,
+    stats_ptr, y_ptr, o_row, eps, threshold, scale, image, column, split, start: tl.constexpr,
+    own_channels: tl.constexpr,
+    SCALED: tl.constexpr, SHIFTED: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr,
+    DROPOUT: tl.constexpr, pixels: tl.constexpr, channels: tl.constexpr,
+    groups: tl.constexpr, size: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of the part x of the map, whose channels start at `start`."""
+    c = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    from_pixel = split * (CHUNKS * BLOCK_P)
+    x_ptr += image.to(tl.int64) * (pixels * own_channels) + (c - start)[None, :]
+    y_ptr += image.to(tl.int64) * (pixels * channels) + c[None, :]
+    stats_ptr += image * 5 * channels
+    first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for chunk in tl.range(CHUNKS, loop_unroll_factor=4):
+        p = from_pixel + chunk * BLOCK_P + tl.arange(0, BLOCK_P)
+        x = _read(x_ptr + p[:, None] * own_channels, (p < pixels)[:, None], WHOLE)
+        first += x
+        second += x * x
+    if _give_sums(first, second, partial_ptr, counter_ptr, image, split, c, channels, SPLITS, COLUMNS):
+        g, inner = tl.arange(0, GROUPS)[:, None], tl.arange(0, SIZE)[None, :]
+        every, inside = g * size + inner, (g < groups) & (inner < size)
+        sum_x, sum_xx = _all_sums(partial_ptr, image, every, inside, channels, SPLITS)
+        m, mm = sum_x / pixels, sum_xx / pixels
+        tl.store(stats_ptr + 4 * channels + every, m, mask=inside)
+        if OFFSET:
+            o = tl.load(o_ptr + image * o_row + every, mask=inside, other=0.0)
+            mm += 2 * o * m + o * o
+            m += o
+        mean, square = tl.sum(m, 1) / size, tl.sum(mm, 1) / size
+        rstd = (1 / tl.sqrt_rn(tl.maximum(square - mean * mean, 0.0) + eps))[:, None]
+        every_a = rstd * tl.load(weight_ptr + every, mask=inside, other=0.0)
+        every_b = tl.load(bias_ptr + every, mask=inside, other=0.0)
+        if SCALED:
+            k = tl.load(k_ptr + image * channels + every, mask=inside, other=0.0)
+            every_a *= k
+            every_b *= k
+        if SHIFTED:
+            every_b += tl.load(t_ptr + image * channels + every, mask=inside, other=0.0)
+        e = mean[:, None] + tl.zeros(every.shape, tl.float32)
+        if OFFSET:
+            e -= o
+        tl.store(stats_ptr + every, every_a, mask=inside)
+        tl.store(stats_ptr + channels + every, every_b - every_a * e, mask=inside)
+        tl.store(stats_ptr + 2 * channels + every, rstd + tl.zeros(every.shape, tl.float32), mask=inside)
+        tl.store(stats_ptr + 3 * channels + every, e, mask=inside)
+        _announce(flag_ptr, image)
+    _wait(flag_ptr, image, WAIT)
+    a = tl.load(stats_ptr + c, cache_modifier=".cg")[None, :]
+    b = tl.load(stats_ptr + channels + c, cache_modifier=".cg")[None, :]
     if DROPOUT:
-        out *= _kept(_image_seed(seed_ptr, image), pixel, start + c, all_channels, threshold, scale)
-    if BACKWARD:
-        p = tl.load(p_ptr + coefficient, mask=inside, other=0.0)[None, :]
-        q = tl.load(q_ptr + coefficient, mask=inside, other=0.0)[None, :]
-        out = a * out + p + q * x
+        seed = _image_seed(seed_ptr, image)
+    for chunk in tl.range(CHUNKS, loop_unroll_factor=4):
+        p = from_pixel + chunk * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (p < pixels)[:, None]
+        z = a * _read(x_ptr + p[:, None] * own_channels, inside, WHOLE) + b
+        if SILU:
+            z *= _sigmoid(z)
+        if DROPOUT:
+            z *= _kept(seed, p, c, channels, threshold, scale)
+        _write(y_ptr + p[:, None] * channels, z, inside, WHOLE)
+
+
+# The gradient ---------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _grad_kernel(
+    first_ptr, second_ptr, dy_ptr, beside_1_ptr, beside_2_ptr, seed_ptr,
+    partial_ptr, counter_ptr, flag_ptr, stats_ptr, found_ptr, dfirst_ptr, dsecond_ptr,
+    threshold, scale,
+    BESIDE: tl.constexpr, SILU: tl.constexpr,
+    DROPOUT: tl.constexpr, pixels: tl.constexpr, channels_1: tl.constexpr, channels: tl.constexpr,
+    groups: tl.constexpr, size: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
+    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    image = tl.num_programs(1) - 1 - tl.program_id(1)
+    column, split = tl.program_id(0) % COLUMNS, tl.program_id(0) // COLUMNS
+    if column * BLOCK_C < channels_1:
+        _grad_program(
+            first_ptr, dy_ptr, beside_1_ptr, seed_ptr,
+            partial_ptr, counter_ptr, flag_ptr, stats_ptr, found_ptr, dfirst_ptr, threshold, scale,
+            image, column, split, 0, channels_1,
+            BESIDE, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
+            BLOCK_P, BLOCK_C, CHUNKS, SPLITS, COLUMNS, WHOLE, WAIT,
+        )  # fmt: skip
+    elif channels_1 < channels:
+        _grad_program(
+            second_ptr, dy_ptr, beside_2_ptr, seed_ptr,
+            partial_ptr, counter_ptr, flag_ptr, stats_ptr, found_ptr, dsecond_ptr, threshold, scale,
+            image, column, split, channels_1, channels - channels_1,
+            BESIDE, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
+            BLOCK_P, BLOCK_C, CHUNKS, SPLITS, COLUMNS, WHOLE, WAIT,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dz(x, dy, a, b, seed, pixel, channel, all_channels, threshold, scale,
+        SILU: tl.constexpr, DROPOUT: tl.constexpr):  # fmt: skip
+    """The gradient of z, from that of y."""
+    if SILU:
+        z = a * x + b
+        s = _sigmoid(z)
+        dy *= s * (1 + z * (1 - s))
+    if DROPOUT:
+        dy *= _kept(seed, pixel, channel, all_channels, threshold, scale)
+    return dy
+
+
+@triton.jit
+def _grad_program(
+    x_ptr, dy_ptr, beside_ptr, seed_ptr, partial_ptr, counter_ptr, flag_ptr, stats_ptr, found_ptr,
+    dx_ptr, threshold, scale, image, column, split, start: tl.constexpr, own_channels: tl.constexpr,
+    BESIDE: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, pixels: tl.constexpr,
+    channels: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, GROUPS: tl.constexpr,
+    SIZE: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr,
+    SPLITS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WAIT: tl.constexpr,
+):  # fmt: skip
+    """One tile of the part x of the map, whose channels start at `start`."""
+    c = column * BLOCK_C + tl.arange(0, BLOCK_C)
+    from_pixel = split * (CHUNKS * BLOCK_P)
+    own = image.to(tl.int64) * (pixels * own_channels) + (c - start)[None, :]
+    x_ptr, dx_ptr, beside_ptr = x_ptr + own, dx_ptr + own, beside_ptr + own
+    dy_ptr += image.to(tl.int64) * (pixels * channels) + c[None, :]
+    stats_ptr += image * 5 * channels
+    found_ptr += image * 5 * channels
+    a, b = tl.load(stats_ptr + c)[None, :], tl.load(stats_ptr + channels + c)[None, :]
+    seed = tl.zeros([], tl.uint32)
+    if DROPOUT:
+        seed = _image_seed(seed_ptr, image)
+    first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for chunk in tl.range(CHUNKS, loop_unroll_factor=2):
+        p = from_pixel + chunk * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (p < pixels)[:, None]
+        x = _read(x_ptr + p[:, None] * own_channels, inside, WHOLE)
+        dy = _read(dy_ptr + p[:, None] * channels, inside, WHOLE)
+        dz = _dz(x, dy, a, b, seed, p, c, channels, threshold, scale, SILU, DROPOUT)
+        first += dz
+        second += dz * x
+    if _give_sums(first, second, partial_ptr, counter_ptr, image, split, c, channels, SPLITS, COLUMNS):
+        g, inner = tl.arange(0, GROUPS)[:, None], tl.arange(0, SIZE)[None, :]
+        every, inside = g * size + inner, (g < groups) & (inner < size)
+        db, dxb = _all_sums(partial_ptr, image, every, inside, channels, SPLITS)
+        every_a = tl.load(stats_ptr + every, mask=inside, other=0.0)
+        rstd = tl.load(stats_ptr + 2 * channels + every, mask=inside, other=0.0)
+        e = tl.load(stats_ptr + 3 * channels + every, mask=inside, other=0.0)
+        mean = tl.load(stats_ptr + 4 * channels + every, mask=inside, other=0.0)
+        # what reaches each element of a group through the group's mean, and through its variance
+        by_mean = (tl.sum(db * every_a, 1) / size)[:, None]
+        by_spread = rstd * rstd * (tl.sum((dxb - e * db) * every_a, 1) / size)[:, None]
+        tl.store(found_ptr + every, db, mask=inside)
+        tl.store(found_ptr + channels + every, dxb, mask=inside)
+        do = every_a * db - by_mean - by_spread * (mean - e)
+        tl.store(found_ptr + 2 * channels + every, do, mask=inside)
+        tl.store(found_ptr + 3 * channels + every, (by_spread * e - by_mean) / pixels, mask=inside)
+        tl.store(found_ptr + 4 * channels + every, -by_spread / pixels, mask=inside)
+        _announce(flag_ptr, image)
+    _wait(flag_ptr, image, WAIT)
+    constant = tl.load(found_ptr + 3 * channels + c, cache_modifier=".cg")[None, :]
+    by_x = tl.load(found_ptr + 4 * channels + c, cache_modifier=".cg")[None, :]
+    for chunk in tl.range(CHUNKS, loop_unroll_factor=2):
+        p = from_pixel + chunk * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = (p < pixels)[:, None]
+        x = _read(x_ptr + p[:, None] * own_channels, inside, WHOLE)
+        dy = _read(dy_ptr + p[:, None] * channels, inside, WHOLE)
+        dz = _dz(x, dy, a, b, seed, p, c, channels, threshold, scale, SILU, DROPOUT)
+        dx = a * dz + constant + by_x * x
         if BESIDE:
-            out += _read(beside_ptr + narrow, mask, WHOLE)
-        tl.store(out_ptr + narrow, out.to(out_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.store(out_ptr + wide, out.to(out_ptr.dtype.element_ty), mask=mask)
+            dx += _read(beside_ptr + p[:, None] * own_channels, inside, WHOLE)
+        _write(dx_ptr + p[:, None] * own_channels, dx, inside, WHOLE)
 
 
-def _block(channels: int) -> tuple[int, int]:
-    """Channels and pixels of a tile: whole memory accesses, and 2048 elements."""
-    width = channels & -channels  # the largest power of two that divides it
-    width = min(width, 128) if width >= 16 else min(128, triton.next_power_of_2(channels))
-    return width, max(16, 2048 // width)
+# As operators ---------------------------------------------------------------------------------------
 
 
-def _threshold(dropout: float) -> tuple[int, float]:
-    """Where the bits of a kept element start, as a signed number, and what it is multiplied by."""
-    return min(int(dropout * 2**32) - 2**31, 2**31 - 1), 1 / (1 - dropout) if dropout < 1 else 0.0
-
-
-def _launch_sums(x, start, a, b, dy, seed, silu, dropout) -> Tensor:
-    n, channels, height, width = x.shape
-    pixels = height * width
-    block_c, block_p = _block(channels)
-    columns = triton.cdiv(channels, block_c)
-    splits = max(1, min(pixels // 256, 1024 // max(n * columns, 1)))
-    per_split = triton.cdiv(triton.cdiv(pixels, splits), block_p) * block_p
-    splits = triton.cdiv(pixels, per_split)
-    out = torch.empty(n, splits, 2, channels, device=x.device)
-    x = x.contiguous(memory_format=torch.channels_last)
-    with torch.cuda.device_of(x):
-        _sums_kernel[columns, n, splits](
-            x, x if dy is None else dy, x if a is None else a, x if b is None else b,
-            x if seed is None else seed, out, pixels, channels,
-            channels if dy is None else dy.shape[1], start, per_split, *_threshold(dropout),
-            BACKWARD=dy is not None, SILU=silu, DROPOUT=dropout > 0, BLOCK_P=block_p, BLOCK_C=block_c,
-            WHOLE=channels % block_c == 0 and pixels == splits * per_split, num_warps=WARPS,
-        )  # fmt: skip
-    return out.sum(1) if splits > 1 else out.view(n, 2, channels)
-
-
-def _launch_map(x, start, a, b, p, q, dy, beside, seed, silu, dropout, out) -> None:
-    n, channels, height, width = x.shape
-    pixels = height * width
-    block_c, block_p = _block(channels)
-    x = x.contiguous(memory_format=torch.channels_last)
-    with torch.cuda.device_of(x):
-        _map_kernel[triton.cdiv(channels, block_c), triton.cdiv(pixels, block_p), n](
-            x, x if dy is None else dy, a, b, a if p is None else p, a if q is None else q,
-            x if beside is None else beside.contiguous(memory_format=torch.channels_last),
-            x if seed is None else seed, out, pixels, channels, a.shape[1], start, *_threshold(dropout),
-            BACKWARD=dy is not None, BESIDE=beside is not None, SILU=silu, DROPOUT=dropout > 0,
-            BLOCK_P=block_p, BLOCK_C=block_c, WHOLE=channels % block_c == 0 and pixels % block_p == 0,
-            num_warps=WARPS,
-        )  # fmt: skip
-
-
-@torch.library.custom_op("repro::norm_sums", mutates_args=())
-def sums(x: Tensor) -> Tensor:
-    """Sums over the pixels of x and of x^2: [n, c, h, w] to float32 [n, 2, c]."""
-    return _launch_sums(x, 0, None, None, None, None, False, 0.0)
-
-
-@sums.register_fake
-def _(x):
-    return x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float32)
-
-
-@torch.library.custom_op("repro::norm_apply", mutates_args=())
-def apply(
-    first: Tensor,
-    second: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    seed: Tensor | None,
-    silu: bool,
-    dropout: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    """dropout(silu(a * x + b)) for x = `first` and `second` joined: [n, c, h, w] of `dtype`."""
-    out = _like(first, a.shape[1], dtype)
-    _launch_map(first, 0, a, b, None, None, None, None, seed, silu, dropout, out)
-    if second is not None:
-        _launch_map(second, first.shape[1], a, b, None, None, None, None, seed, silu, dropout, out)
-    return out
-
-
-@apply.register_fake
-def _(first, second, a, b, seed, silu, dropout, dtype):
-    return _like(first, a.shape[1], dtype)
-
-
-@torch.library.custom_op("repro::norm_grad_sums", mutates_args=())
-def grad_sums(
-    x: Tensor, start: int, a: Tensor, b: Tensor, dy: Tensor, seed: Tensor | None, silu: bool, dropout: float
-) -> Tensor:
-    """Sums over the pixels of dz and of dz * x, for the channels of dy from `start`: float32 [n, 2, c]."""
-    return _launch_sums(x, start, a, b, dy, seed, silu, dropout)
-
-
-@grad_sums.register_fake
-def _(x, start, a, b, dy, seed, silu, dropout):
-    return x.new_empty(x.shape[0], 2, x.shape[1], dtype=torch.float32)
-
-
-@torch.library.custom_op("repro::norm_grad", mutates_args=())
-def grad(
-    x: Tensor,
-    start: int,
-    a: Tensor,
-    b: Tensor,
-    p: Tensor,
-    q: Tensor,
-    dy: Tensor,
-    beside: Tensor | None,
-    seed: Tensor | None,
-    silu: bool,
-    dropout: float,
-) -> Tensor:
-    """a * dz + p + q * x + beside, the gradient of x, for the channels of dy from `start`: like x."""
-    out = _like(x, x.shape[1])
-    _launch_map(x, start, a, b, p, q, dy, beside, seed, silu, dropout, out)
-    return out
-
-
-@grad.register_fake
-def _(x, start, a, b, p, q, dy, beside, seed, silu, dropout):
-    return _like(x, x.shape[1])
+def _channels_last(map: Tensor) -> Tensor:
+    return map.contiguous(memory_format=torch.channels_last)
 
 
 def _like(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
     n, _, height, width = x.shape
     shape = (n, channels, height, width)
     return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _like_second(first: Tensor, second: Tensor | None) -> Tensor:
+    return first.new_empty(0) if second is None else _like(second, second.shape[1])
+
+
+def _numbers(share: Share, first: Tensor, channels: int, groups: int) -> dict:
+    """The compile-time numbers of both kernels: also sizes, so that addresses take few registers."""
+    pixels, size = first.shape[2] * first.shape[3], channels // groups
+    return dict(
+        pixels=pixels,
+        channels_1=first.shape[1],
+        channels=channels,
+        groups=groups,
+        size=size,
+        GROUPS=triton.next_power_of_2(groups),
+        SIZE=triton.next_power_of_2(size),
+        BLOCK_P=share.pixels,
+        BLOCK_C=share.channels,
+        CHUNKS=share.chunks,
+        SPLITS=share.splits,
+        COLUMNS=share.columns,
+        WHOLE=pixels % (share.pixels * share.chunks) == 0,
+        WAIT=share.splits * share.columns > 1 and not INTERPRETED,
+        num_warps=WARPS,
+        maxnreg=REGISTERS,
+    )
+
+
+def _scratch(share: Share, n: int, channels: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Where programs leave their sums, count themselves, and find that they may go on."""
+    counter, flag = torch.zeros(2, n, dtype=torch.int32, device=device)
+    return torch.empty(n, share.splits, 2, channels, device=device), counter, flag
+
+
+@torch.library.custom_op("repro::normalise", mutates_args=())
+def normalise(
+    first: Tensor,
+    second: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    k: Tensor | None,
+    t: Tensor | None,
+    o: Tensor | None,
+    seed: Tensor | None,
+    groups: int,
+    eps: float,
+    silu: bool,
+    dropout: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """y [n, c, h, w] of `dtype`, and what the gradient needs: a, b, 1/deviation, e, mean of x, [n, 5, c]."""
+    parts = (first,) if second is None else (first, second)
+    n, channels = len(first), len(weight)
+    share = share_out(parts, FORWARD_TILE)
+    scratch = _scratch(share, n, channels, first.device)
+    first = _channels_last(first)
+    second = first if second is None else _channels_last(second)
+    k, t = (None if given is None else given.contiguous() for given in (k, t))
+    o = o if o is None or o.stride(1) == 1 else o.contiguous()
+    y = _like(first, channels, dtype)
+    stats = torch.empty(n, 5, channels, device=first.device)
+    with torch.cuda.device_of(first):
+        for _ in LAUNCHES:
+            _norm_kernel[share.splits * share.columns, n](
+                first, second, weight, bias, *(weight if given is None else given for given in (k, t, o)),
+                weight if seed is None else seed, *scratch, stats, y,
+                0 if o is None else o.stride(0), eps, *_threshold(dropout),
+                SCALED=k is not None, SHIFTED=t is not None, OFFSET=o is not None, SILU=silu,
+                DROPOUT=dropout > 0, **_numbers(share, first, channels, groups),
+            )  # fmt: skip
+    return y, stats
+
+
+@normalise.register_fake
+def _(first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout, dtype):
+    return _like(first, len(weight), dtype), weight.new_empty(len(first), 5, len(weight), dtype=torch.float32)
+
+
+@torch.library.custom_op("repro::normalise_grad", mutates_args=())
+def normalise_grad(
+    first: Tensor,
+    second: Tensor | None,
+    dy: Tensor,
+    beside_1: Tensor | None,
+    beside_2: Tensor | None,
+    seed: Tensor | None,
+    stats: Tensor,
+    groups: int,
+    silu: bool,
+    dropout: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the parts (plus what is beside them), and [n, 5, c]: sums of dz and dz * x, gradient of o
+    (and two coefficients of the gradient).
+
+    Without a second part its gradient is empty.
+    """
+    parts = (first,) if second is None else (first, second)
+    n, channels = len(first), dy.shape[1]
+    share = share_out(parts, BACKWARD_TILE)
+    scratch = _scratch(share, n, channels, first.device)
+    dfirst, dsecond = _like(first, first.shape[1]), _like_second(first, second)
+    found = torch.empty(n, 5, channels, device=first.device)
+    first, dy = _channels_last(first), _channels_last(dy)
+    second = first if second is None else _channels_last(second)
+    beside = [None if given is None else _channels_last(given) for given in (beside_1, beside_2)]
+    with torch.cuda.device_of(first):
+        for _ in LAUNCHES:
+            _grad_kernel[share.splits * share.columns, n](
+                first, second, dy, *(first if given is None else given for given in beside),
+                stats if seed is None else seed, *scratch, stats, found, dfirst,
+                dsecond if len(parts) == 2 else dfirst, *_threshold(dropout),
+                BESIDE=beside_1 is not None, SILU=silu, DROPOUT=dropout > 0,
+                **_numbers(share, first, channels, groups),
+            )  # fmt: skip
+    return dfirst, dsecond, found
+
+
+@normalise_grad.register_fake
+def _(first, second, dy, beside_1, beside_2, seed, stats, groups, silu, dropout):
+    found = stats.new_empty(len(first), 5, dy.shape[1])
+    return _like(first, first.shape[1]), _like_second(first, second), found
