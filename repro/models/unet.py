@@ -222,7 +222,9 @@ class ADMUNet(nn.Module):
         for step in self.decoder:
             h = step(h, emb, skips.pop())
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
-            return self.conv_out(self.norm_out(h, silu=True, dtype=x.dtype))  # n out h w
+            if h.dtype != x.dtype:
+                return _FewOutputs.apply(self.norm_out(h, silu=True), *self.conv_out.parameters())
+            return self.conv_out(self.norm_out(h, silu=True))  # n out h w
 
     def _embed(self, labels: Int[Tensor, " n"] | None, n: int) -> Float[Tensor, "n e"]:
         if not self.classes:
@@ -251,6 +253,52 @@ class Step(nn.ModuleList):
             x = block(x, emb, skip) if isinstance(block, ResidualBlock) else block(x)
             skip = None
         return x
+
+
+class _FewOutputs(torch.autograd.Function):
+    """A 3 x 3 convolution of a half precision map to few channels, with sums and output in float32.
+
+    One matrix product makes all 9 contributions of each pixel, which are then shifted and added: a
+    convolution by itself would waste most of its tiles on outputs that are not there.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, bias):
+        n, c, height, width = h.shape
+        kernel = _pad_columns(weight.permute(1, 2, 3, 0).reshape(c, -1)).to(h.dtype)  # c, 9 * outputs or more
+        pixels = h.permute(0, 2, 3, 1).reshape(-1, c)  # n*h*w c
+        ctx.save_for_backward(pixels, kernel)
+        ctx.shape, ctx.weight_shape = h.shape, weight.shape
+        parts = _wide_product(pixels, kernel)[:, : 9 * len(bias)].view(n, height, width, 3, 3, len(bias))
+        parts = F.pad(parts, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
+        out = sum(
+            parts[:, y : y + height, x : x + width, y, x] for y in range(3) for x in range(3)
+        )  # n h w outputs
+        return (out + bias).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def backward(ctx, dout):
+        pixels, kernel = ctx.saved_tensors
+        n, c, height, width = ctx.shape
+        outputs = ctx.weight_shape[0]
+        padded = F.pad(dout.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        dparts = [
+            padded[:, 2 - y : 2 - y + height, 2 - x : 2 - x + width] for y in range(3) for x in range(3)
+        ]
+        dparts = _pad_columns(torch.cat(dparts, dim=3).reshape(-1, 9 * outputs)).to(pixels.dtype)
+        dh = (dparts @ kernel.T).view(n, height, width, c).permute(0, 3, 1, 2)
+        dkernel = _wide_product(pixels.T, dparts)[:, : 9 * outputs].view(c, 3, 3, outputs)
+        return dh, dkernel.permute(3, 0, 1, 2), dout.sum((0, 2, 3))
+
+
+def _pad_columns(matrix: Tensor) -> Tensor:
+    """`matrix` with columns of zeros up to a multiple of 16: rows that GPUs read whole."""
+    return F.pad(matrix, (0, -matrix.shape[1] % 16))
+
+
+def _wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """The product of half precision matrices, in float32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else a.float() @ b.float()
 
 
 def sinusoids(t: Float[Tensor, " n"], width: int) -> Float[Tensor, "n width"]:
