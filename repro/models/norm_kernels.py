@@ -16,8 +16,6 @@ Dropout hashes the position of an element with a seed, so that the gradient find
 storing it. Each kernel is an operator of its own, which `torch.compile` calls as it is.
 """
 
-from __future__ import annotations
-
 import os
 from dataclasses import dataclass
 
