@@ -10,7 +10,7 @@ TORCH := $(shell cat .venv/torch 2>/dev/null || echo default)
 endif
 
 READY := .venv/ready-$(TORCH)
-FIGURES := $(shell sed -n 's/^\[\([a-z0-9_]*\)\].*/\1/p' paper/figures.toml 2>/dev/null)
+FIGURES := $(shell sed -n 's/^\[\([A-Za-z0-9_-]*\)\].*/\1/p' paper/figures.toml 2>/dev/null)
 
 # uv fills .venv, whatever environment is active outside, and with the build of torch asked for here.
 export UV_PYTHON := .venv/bin/python

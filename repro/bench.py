@@ -27,9 +27,9 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from repro import config, evaluate, files, presets, runs, train
+from repro import config, evaluate, files, presets, provenance, runs, train
 from repro.models.norm import GroupNorm
-from repro.models.unet import Resample
+from repro.models.unet import OutputConvolution, Resample
 
 PROTOTYPE = config.UNet(
     channels=96, multipliers=(1, 2, 2, 2), blocks=2, attention=(16, 8), resample_in_blocks=False, heads=4
@@ -67,7 +67,7 @@ class PlainGroupNorm(GroupNorm):
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         return self(x, silu=silu), (x,)
 
-    def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0, dtype=None):
+    def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0):
         """See `GroupNorm`."""
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if offset is not None:
@@ -75,7 +75,7 @@ class PlainGroupNorm(GroupNorm):
         y = F.group_norm(x.float(), self.groups, self.weight, self.bias, self.eps)
         if scale is not None:
             y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-        y = y.to(dtype or x.dtype)
+        y = y.to(x.dtype)
         y = F.silu(y) if silu else y
         return F.dropout(y, dropout) if dropout else y
 
@@ -91,7 +91,19 @@ class PlainResample(Resample):
         return self.conv(x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w))
 
 
-PLAIN = {GroupNorm: PlainGroupNorm, Resample: PlainResample}
+class PlainOutputConvolution(OutputConvolution):
+    """The same convolution, in float32."""
+
+    def forward(self, h):
+        """See `OutputConvolution`."""
+        return super().forward(h.to(self.weight.dtype))
+
+
+PLAIN = {
+    GroupNorm: PlainGroupNorm,
+    Resample: PlainResample,
+    OutputConvolution: PlainOutputConvolution,
+}
 
 
 def make_plain(net: nn.Module) -> None:
@@ -137,7 +149,7 @@ def forward_flops(run: config.Config, plain: bool = True) -> float:
 
 KINDS = {
     "attention": ("flash", "fmha", "attention"),
-    "norm and other reductions": ("triton_red", "triton_per", "_sums_kernel", "_map_kernel"),
+    "norm and other reductions": ("triton_red", "triton_per", "_norm_kernel", "_grad_kernel"),
     "elementwise": ("triton_poi", "elementwise", "copy", "memset", "memcpy", "cat"),
     "optimizer": ("multi_tensor", "adam", "lpnorm"),
     # before matrix products: cuDNN's convolutions are called "..._implicit_gemm_..."
@@ -264,7 +276,8 @@ def main(out: Path, variants: tuple[str, ...] = (), one: tuple[str, Path, int] |
     about = {
         "device": evaluate.device_name("cuda"),
         "versions": train.versions(),
-        "code": files.sha256(__file__),
+        "code": provenance.code_version("import repro.bench"),
+        "commit": train.git_commit(),
     }
     files.write_json(out, {**about, "variants": results})
     if len(results) < len(workers):

@@ -13,6 +13,10 @@ from pydantic.dataclasses import dataclass
 
 strict = ConfigDict(extra="forbid")
 
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=0)]
+
 
 @dataclass(frozen=True, config=strict)
 class Data:
@@ -23,9 +27,9 @@ class Data:
     resolution: int = 64
     """Side of the square images, pixels."""
     channels: int = 3
-    classes: int = 0
+    classes: Count = 0
     """Number of classes the network is conditioned on; 0 for unconditional."""
-    holdout: int = 0
+    holdout: Count = 0
     """Images never trained on (drawn once with a fixed seed): they measure memorisation."""
     flip: bool = True
     """Mirror each training image left to right with probability 1/2."""
@@ -52,7 +56,7 @@ class UNet:
     """Condition by scale and shift after the second norm, rather than by addition before it."""
     resample_in_blocks: bool = True
     """Halve and double inside residual blocks, rather than by strided and plain convolutions."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     null_class: bool = True
     """One more class, the last, that means "no label"."""
 
@@ -92,7 +96,7 @@ class Schedule:
     """Noise levels of a VP schedule (ignored by edm)."""
     P_mean: float = -1.2
     """EDM only: mean of ln sigma."""
-    P_std: float = 1.2
+    P_std: Positive = 1.2
     """EDM only: standard deviation of ln sigma."""
 
 
@@ -114,11 +118,11 @@ class Sample:
     sampler: Literal["heun", "ancestral"] = "heun"
     steps: int = 18
     """Noise levels visited; Heun calls the network 2 * steps - 1 times."""
-    sigma_min: float = 0.002
+    sigma_min: Positive = 0.002
     """Smallest noise level of the grid (raised to the smallest trained one)."""
-    sigma_max: float = 80.0
+    sigma_max: Positive = 80.0
     """Largest noise level of the grid (lowered to the largest trained one)."""
-    rho: float = 7.0
+    rho: Positive = 7.0
     eta: float = 0.0
     """Of the ancestral sampler: 0 is DDIM, 1 is ancestral DDPM."""
     churn: float = 0.0
@@ -166,17 +170,17 @@ class Train:
     images: int
     batch: int = 256
     """Images per step, over all processes."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_images: int = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_images: Count = 0
     """Linear warm-up of the learning rate."""
-    ema_halflife_images: float = 500_000.0
-    ema_rampup: float | None = 0.05
+    ema_halflife_images: Positive = 500_000.0
+    ema_rampup: Positive | None = 0.05
     """The half-life is at most this fraction of the images seen so far (none: never shortened)."""
-    grad_clip: float | None = 1.0
+    grad_clip: Positive | None = 1.0
     """Largest gradient norm."""
-    label_drop: float = 0.0
+    label_drop: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Probability of training an image with the null class."""
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = True
@@ -205,7 +209,7 @@ class Config:
     train: Train
     schedule: Schedule = Schedule()
     parameterization: Literal["x0", "eps", "v", "edm"] = "eps"
-    sigma_data: float = 0.5
+    sigma_data: Positive = 0.5
     """Of the edm parameterization and weight: standard deviation of the data."""
     weight: Weight = Weight("min_snr", gamma=5.0)
     sample: Sample = Sample()

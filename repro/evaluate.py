@@ -19,7 +19,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor, nn
 
-from repro import config, data, files, provenance, sample
+from repro import config, data, files, provenance, sample, schedules
 from repro.denoiser import Denoiser
 from repro.files import ReproError
 
@@ -361,6 +361,7 @@ def evaluate(
         kept = [part for share in shares for part in share]
     mean, covariance = moments.statistics()
     value = frechet_distance(mean, covariance, known.mean.to(mean), known.covariance.to(mean))
+    levels = len(schedules.grid_for(denoiser.schedule, run.sample)) - 1
     about = {
         "images": images_seen,
         "features": how.features,
@@ -369,7 +370,7 @@ def evaluate(
         "first_seed": how.first_seed,
         "sampler": run.sample.sampler,
         "steps": run.sample.steps,
-        "evaluations": 2 * run.sample.steps - 1 if run.sample.sampler == "heun" else run.sample.steps,
+        "evaluations": 2 * levels - 1 if run.sample.sampler == "heun" else levels,
         "guidance": run.sample.guidance,
         "sample": config.sample_json(run.sample),
         "precision": precision,

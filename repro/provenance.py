@@ -12,6 +12,9 @@ from repro import files
 ROOT = Path(__file__).resolve().parent.parent
 """The checkout: the folder that holds `repro/`, `paper/` and `notebooks/`."""
 
+ABSENT = "absent"
+"""Stands for the hash of a file that was looked for and is not there."""
+
 _used: dict[str, str] = {}
 
 
@@ -21,8 +24,11 @@ def relative(path: str | Path) -> str:
 
 
 def used(path: str | Path) -> Path:
-    """Note that `path` was read; every figure, table and value saved after that names it with its hash."""
-    name, digest = relative(path), files.sha256(path)
+    """Note that `path` was read; every figure, table and value saved after that names it with its hash.
+
+    A file that is not there is noted too, as "absent": its coming changes what follows.
+    """
+    name, digest = relative(path), files.sha256(path) if Path(path).exists() else ABSENT
     _used[name] = digest
     if work := os.environ.get("REPRO_RENDER"):  # set by `render`, which renders anew when the file changes
         files.append_line(Path(work) / "used.jsonl", {"path": name, "sha256": digest})

@@ -6,6 +6,7 @@ own, and ends that process, kernel and all, at the time limit. What the notebook
 only when every cell has run; a failed run changes no figure, table or value. In build/:
 
     notebooks/<id>.ipynb          the executed notebook, its provenance in its metadata under `repro`
+                                  (<id>-<hash>.ipynb with other parameters than those of figures.toml)
     notebooks/<id>.failed.ipynb   the last run that failed, up to the cell that did
     render/<id>.json              hashes of all that the last rendering read and wrote
 
@@ -134,7 +135,10 @@ def render(
     parameters = notebook.check_parameters(output.notebook, output.parameters | (overrides or {}))
     home = Path(out or os.environ.get("REPRO_PAPER_OUT") or figures_toml.parent).resolve()
     build = (root if home == figures_toml.parent else home) / "build"
-    executed, record_path = build / "notebooks" / f"{id}.ipynb", build / "render" / f"{id}.json"
+    stem, usual = id, notebook.check_parameters(output.notebook, output.parameters)
+    if home == figures_toml.parent and parameters != usual:  # beside the figure's own, not in its place
+        stem += "-" + hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:8]
+    executed, record_path = build / "notebooks" / f"{stem}.ipynb", build / "render" / f"{stem}.json"
 
     with _lock(build / "render" / f"{id}.lock", id):
         inputs = _inputs(output, parameters, root)
@@ -145,7 +149,7 @@ def render(
             return executed
         print(f"{id}: rendering ({'; '.join(changed) or 'forced'})", flush=True)
         record_path.unlink(missing_ok=True)  # from here until the end, nothing is up to date
-        used, outputs, seconds = _execute(output, parameters, home, build)
+        used, outputs, seconds = _execute(output, parameters, home, build, stem)
         outputs[_name(executed, root)] = files.sha256(executed)
         files.write_json(record_path, {"inputs": inputs, "used": used, "outputs": outputs})
     print(f"{id}: rendered in {seconds:.0f} s")
@@ -172,7 +176,7 @@ def _changes(record: dict, inputs: dict, home: Path, executed: Path) -> list[str
     changes = [f"{name} changed" for name in names if before.get(name, gone) != inputs.get(name, gone)]
     for name, digest in record["used"].items():
         path = provenance.ROOT / name
-        if not path.is_file() or files.sha256(path) != digest:
+        if (files.sha256(path) if path.is_file() else provenance.ABSENT) != digest:
             changes.append(f"{name} changed")
     for name, digest in record["outputs"].items():
         path = executed if name.endswith(".ipynb") else home / name
@@ -181,15 +185,17 @@ def _changes(record: dict, inputs: dict, home: Path, executed: Path) -> list[str
     return changes
 
 
-def _execute(output: Output, parameters: dict, home: Path, build: Path) -> tuple[dict, dict, float]:
-    """Run the notebook in its own process and put what it made in place.
+def _execute(
+    output: Output, parameters: dict, home: Path, build: Path, stem: str
+) -> tuple[dict, dict, float]:
+    """Run the notebook in its own process and put what it made in place; `stem` names it in `build`.
 
     Returns SHA-256 by path of the files it read and wrote, and the seconds it took.
     """
     root = output.notebook.parent.parent
-    executed = build / "notebooks" / f"{output.id}.ipynb"
+    executed = build / "notebooks" / f"{stem}.ipynb"
     failed = executed.with_suffix(".failed.ipynb")
-    work = build / "render" / f"{output.id}.work"
+    work = build / "render" / f"{stem}.work"
     shutil.rmtree(work, ignore_errors=True)  # of a rendering that was killed
     work.mkdir(parents=True)
     shutil.copyfile(output.notebook, work / "source.ipynb")

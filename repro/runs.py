@@ -96,7 +96,7 @@ class Record:
     images: int
     """Images seen by the recorded weights."""
     seconds: float
-    """Seconds of training, evaluations and start-up left out."""
+    """Seconds of training, compilation included, without evaluations and what comes before the first step."""
     device: str
     processes: int
     versions: dict[str, str]
@@ -138,8 +138,7 @@ class Run:
         return self._lines("metrics.jsonl")
 
     def _lines(self, name: str) -> list[dict]:
-        path = self.path / name
-        return files.read_lines(provenance.used(path)) if path.exists() else []
+        return files.read_lines(path) if (path := provenance.used(self.path / name)).exists() else []
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The recorded weights, float32, by parameter name.
@@ -213,9 +212,13 @@ class Run:
 
         The images checked are spread evenly over samples.png. Returns the largest of the images' mean
         absolute differences, in grey levels of 255, the tolerance, and the seeds. Raises `ReproError`
-        where an image differs by more than `SAMPLE_TOLERANCE`.
+        where an image differs by more than `SAMPLE_TOLERANCE`, and for a count that there is not.
         """
         recorded = self.samples()
+        if not 1 <= count <= len(recorded):
+            raise ReproError(
+                f"{count} of the recorded samples cannot be checked: there are {len(recorded)}; give 1 to all"
+            )
         chosen = [i * len(recorded) // count for i in range(count)]
         seeds = [self.record.samples.first_seed + i for i in chosen]
         drawn = self.draw(seeds, device=device).astype(float)
@@ -232,9 +235,10 @@ class Run:
     def distances(self, how: config.Sample, samples: int | None = None) -> list[dict]:
         """Lines of metrics.jsonl that are Fréchet distances of images drawn as `how` says, by images seen.
 
-        samples: how many were drawn; by default as the run's configuration says. Only lines on the run's
-        own feature network; of several at the same number of images, the last.
+        samples: how many were drawn; by default as the run's configuration says. Only lines with the run's
+        own feature network, first seed and precision; of several at the same number of images, the last.
         """
+        own = self.config
         wanted = config.sample_json(how)
         samples = samples or self.config.evaluate.samples
         last = {
@@ -242,7 +246,8 @@ class Run:
             for line in self.metrics
             if line["name"].startswith(("FD", "FID"))
             and (line["sample"], line["samples"]) == (wanted, samples)
-            and line["features"] == self.config.evaluate.features
+            and (line["features"], line["first_seed"], line["precision"])
+            == (own.evaluate.features, own.evaluate.first_seed, own.train.precision)
         }
         return [last[images] for images in sorted(last)]
 

@@ -142,7 +142,8 @@ def grid_for(schedule: DiscreteVP | EDM, sample: config.Sample) -> Float[Tensor,
     """The noise levels a sampler visits: EDM's grid within the trained range, each rounded to a trained one.
 
     The released code of the paper does the same: sigma_min = max(0.002, smallest trained),
-    sigma_max = min(80, largest trained).
+    sigma_max = min(80, largest trained). Levels of a fine grid that are rounded to the same one are
+    visited once, so there can be fewer than `sample.steps`.
     """
     grid = karras_grid(
         max(sample.sigma_min, schedule.sigma_min),
@@ -150,4 +151,4 @@ def grid_for(schedule: DiscreteVP | EDM, sample: config.Sample) -> Float[Tensor,
         sample.steps,
         sample.rho,
     )
-    return torch.cat([schedule.round(grid[:-1]), grid[-1:]])
+    return torch.cat([schedule.round(grid[:-1]).unique_consecutive(), grid[-1:]])

@@ -98,9 +98,11 @@ def find_place(device: str | None = None) -> Place:
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.device(kind)
-    except RuntimeError as error:
-        raise ReproError(f"unknown device {kind!r}; known are cpu, cuda and cuda:N") from error
+        known = torch.device(kind).type in ("cpu", "cuda")
+    except RuntimeError:
+        known = False
+    if not known:
+        raise ReproError(f"unknown device {kind!r}; known are cpu, cuda and cuda:N")
     if torch.device(kind).type == "cuda" and not torch.cuda.is_available():
         raise ReproError(f"the device {kind} was asked for, but torch sees no GPU; use --device cpu")
     if world > 1:
@@ -521,7 +523,9 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         max(1, round(images / run.train.batch))
         for images in (run.train.log_every_images, run.train.state_every_images)
     )
-    evaluations = {min(math.ceil(at / run.train.batch), total) for at in run.evaluate.at}
+    evaluations = {math.ceil(at / run.train.batch) for at in run.evaluate.at}
+    if evaluations:  # what is recorded in the end is measured, wherever that is
+        evaluations.add(total)
     network = None
 
     def report(measure: bool, last: bool) -> None:

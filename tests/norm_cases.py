@@ -161,12 +161,13 @@ CASES = {
     "shift and scale absent": dict(modulated=False, offset="c"),
     "nothing but the norm": dict(widths=(64,), modulated=False, offset=None, silu=False),
     "no activation": dict(silu=False),
-    "several tiles": dict(widths=(128, 64), sides=(20, 30), n=2),
+    "several tiles": dict(widths=(128, 64), sides=(20, 30), n=1),
     "whole tiles": dict(widths=(64, 64), sides=(16, 8)),
     "odd widths": dict(widths=(40, 24), sides=(9, 7)),
     "one pixel": dict(sides=(1, 1)),
-    "many tiles": dict(widths=(192, 96), sides=(40, 40), n=2),
+    "many tiles": dict(widths=(64, 32), sides=(40, 40), n=2),
     "whole groups": dict(widths=(64, 64), sides=(32, 32), n=2, offset="c"),
+    "narrow": dict(widths=(36, 28), sides=(3, 50)),
     "odd pixels": dict(widths=(96,), sides=(23, 29), modulated=False, offset=None, silu=False),
 }
 

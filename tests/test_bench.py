@@ -66,7 +66,8 @@ def test_the_plain_network_is_the_network(in_blocks):
     x = torch.randn(2, 3, 8, 8, generator=generator)
     expected = net(x, torch.tensor([3.0, 700.0]))
     bench.make_plain(net)
-    assert {"PlainGroupNorm", "PlainResample"} <= {type(module).__name__ for module in net.modules()}
+    kinds = {type(module).__name__ for module in net.modules()}
+    assert {"PlainGroupNorm", "PlainResample", "PlainOutputConvolution"} <= kinds
     torch.testing.assert_close(net(x, torch.tensor([3.0, 700.0])), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -88,6 +89,8 @@ KERNELS = {
     "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "matrix product",
     "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
     "triton_red_fused__to_copy_convolution_mean_pow_8": "norm and other reductions",
+    "_norm_kernel": "norm and other reductions",
+    "_grad_kernel": "norm and other reductions",
     "triton_poi_fused__to_copy_add_clone_convolution_mul_native_group_norm_silu": "elementwise",
     "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda>": "elementwise",
     "void at::native::multi_tensor_apply_kernel<FusedOptimizerTensorListMetadata>": "optimizer",

@@ -55,6 +55,12 @@ def test_an_unknown_preset_names_the_near_ones():
         (lambda c: c["sample"].update(steps=1), "at least 2 steps"),
         (lambda c: c["evaluate"].update(samples=1), "a covariance needs at least 2 samples, not 1"),
         (lambda c: c["train"].update(label_drop=0.1), "label_drop needs data.classes"),
+        (lambda c: c["sample"].update(rho=0), "sample.rho"),
+        (lambda c: c["sample"].update(sigma_min=0), "sample.sigma_min"),
+        (lambda c: c["data"].update(holdout=-1), "data.holdout"),
+        (lambda c: c["model"].update(dropout=1.5), "dropout"),
+        (lambda c: c["train"].update(lr=-1e-4), "train.lr"),
+        (lambda c: c["train"].update(ema_halflife_images=0), "train.ema_halflife_images"),
     ],
 )
 def test_what_means_nothing_is_refused_by_name(change, message):

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from repro.models.norm import GroupNorm, norm_kernels
 
 FLOAT32 = (
     "two parts", "one part", "shift and scale absent", "nothing but the norm", "no activation",
-    "several tiles", "whole tiles", "odd widths", "one pixel", "beside", "beside_alone", "compiled",
+    "several tiles", "whole tiles", "odd widths", "one pixel", "many tiles", "whole groups", "odd pixels",
+    "narrow", "beside", "beside_alone", "compiled",
 )  # fmt: skip
 
 
@@ -54,13 +57,35 @@ def test_dropout_drops_as_often_as_asked_and_independently(found):
 
 def test_compiled_the_kernels_read_nothing_in_vain(found):
     """Each map channels-last, and beside the second norm, which nothing runs beside, no gradient of zeros."""
-    assert found["read"] == [[True] * 2, [True] * 3, [True] * 3]
+    assert found["read"] == [[True] * 2, [True] * 5]
 
 
 def test_maps_that_do_not_join_are_refused(found):
     sides, widths = found["refused"]
     assert sides == "maps of (2, 32, 4, 4) and (2, 32, 3, 3) do not join to 64 channels"
     assert widths == "maps of (2, 32, 4, 4) and (2, 16, 4, 4) do not join to 64 channels"
+
+
+@pytest.mark.skipif(norm_kernels is None, reason="Triton is not installed: `make kernels` adds it")
+@given(
+    widths=st.lists(st.integers(1, 700) | st.integers(1, 40).map(lambda n: 16 * n), min_size=1, max_size=2),
+    sides=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    tile=st.sampled_from([1024, 8192, 16_384]),
+    most=st.sampled_from([40, 264]),
+)
+def test_programs_share_out_a_whole_map_and_all_of_an_image_run_at_once(widths, sides, tile, most):
+    parts = tuple(torch.empty(1, width, *sides, device="meta") for width in widths)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(norm_kernels, "_programs_that_may_wait", lambda gpu: most)
+        patch.setattr(norm_kernels, "INTERPRETED", True)  # meta tensors lie on no GPU
+        taken = norm_kernels.can_take(parts)
+        share = norm_kernels.share_out(parts, tile)
+    assert share.columns * share.channels == sum(widths)
+    assert all(width % share.channels == 0 for width in widths)  # a tile lies in one part
+    pixels = sides[0] * sides[1]
+    tall = share.pixels * share.chunks
+    assert (share.splits - 1) * tall < pixels <= share.splits * tall  # covered, and no program is idle
+    assert taken == (share.splits * share.columns <= most)
 
 
 def test_what_the_kernels_cannot_do_is_left_to_pytorch(found):

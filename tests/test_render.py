@@ -203,11 +203,12 @@ def rendered(checkout, tmp_path, monkeypatch, capsys):
     files.write_atomic(tmp_path / "requirements.lock", "torch==1")
     figures = checkout("from repro import direct")
 
-    def execute(output, parameters, home, build):
-        files.write_atomic(home / "figures" / "fig.png", json.dumps(parameters))
-        files.write_atomic(build / "notebooks" / "fig.ipynb", "{}")
+    def execute(output, parameters, home, build, stem):
+        files.write_atomic(home / "figures" / f"{parameters['run']}.png", json.dumps(parameters))
+        files.write_atomic(build / "notebooks" / f"{stem}.ipynb", "{}")
         used = {"paper/runs/lab/faces/weights.safetensors": files.sha256(run / "weights.safetensors")}
-        return used, {"figures/fig.png": files.sha256(home / "figures" / "fig.png")}, 0.0
+        name = f"figures/{parameters['run']}.png"
+        return used, {name: files.sha256(home / name)}, 0.0
 
     monkeypatch.setattr(render, "_execute", execute)
 
@@ -238,8 +239,8 @@ RUN = "paper/runs/lab/faces"
         ("repro/direct.py", "x = 1", "module repro.direct changed; module repro.indirect changed"),
         (f"{RUN}/weights.safetensors", "other", f"{RUN}/weights.safetensors changed"),
         ("requirements.lock", "torch==2", "requirements.lock changed"),
-        ("paper/figures/fig.png", "edited", "figures/fig.png is missing or was edited"),
-        ("paper/figures/fig.png", None, "figures/fig.png is missing or was edited"),
+        ("paper/figures/faces.png", "edited", "figures/faces.png is missing or was edited"),
+        ("paper/figures/faces.png", None, "figures/faces.png is missing or was edited"),
         ("build/notebooks/fig.ipynb", None, "build/notebooks/fig.ipynb is missing or was edited"),
         ("build/render/fig.json", "{", "nothing is rendered yet"),
     ],
@@ -284,10 +285,16 @@ def test_what_an_output_does_not_depend_on_leaves_it_alone(rendered, tmp_path):
 
 
 def test_parameters_of_the_command_line_and_force(rendered, tmp_path):
-    assert rendered(overrides={"rows": 5}) == "fig: rendering (parameter rows changed)"
-    assert json.loads((tmp_path / "paper/figures/fig.png").read_text())["rows"] == 5
-    assert rendered(overrides={"rows": 5}) == "fig: up to date"
-    assert rendered() == "fig: rendering (parameter rows changed)"
+    other = {"rows": 5, "run": "mine"}
+    assert rendered(overrides=other) == "fig: rendering (nothing is rendered yet)"
+    assert json.loads((tmp_path / "paper/figures/mine.png").read_text())["rows"] == 5
+    assert rendered(overrides=other) == "fig: up to date"
+    assert rendered() == "fig: up to date"  # what was drawn with other parameters is not in its place
+    assert rendered(overrides={"rows": 2}) == "fig: up to date"  # the same parameters
+    assert (
+        rendered(overrides={"rows": 5}) == "fig: rendering (nothing is rendered yet)"
+    )  # over the figure itself
+    assert rendered() == "fig: rendering (figures/faces.png is missing or was edited)"
     assert rendered(force=True) == "fig: rendering (forced)"
 
 
@@ -295,7 +302,7 @@ def test_a_scratch_rendering_leaves_the_real_one_as_it_was(rendered, tmp_path):
     scratch = tmp_path / "scratch"
     before = (tmp_path / "build/render/fig.json").read_bytes()
     assert rendered(out=scratch, overrides={"rows": 5}) == "fig: rendering (nothing is rendered yet)"
-    assert (scratch / "figures/fig.png").exists() and (scratch / "build/notebooks/fig.ipynb").exists()
+    assert (scratch / "figures/faces.png").exists() and (scratch / "build/notebooks/fig.ipynb").exists()
     assert (tmp_path / "build/render/fig.json").read_bytes() == before
     assert rendered() == "fig: up to date"
 
@@ -339,7 +346,7 @@ def test_executed_notebook_outputs_and_provenance(checkout, tmp_path):
     assert book.metadata.repro.code == found["code"]
     assert book.metadata.repro.files == {name: files.sha256(used)}
     assert book.metadata.repro.seconds > 0
-    assert sorted(os.listdir(tmp_path / "build/render")) == ["fig.json", "fig.lock"]
+    assert sorted(os.listdir(tmp_path / "build/render")) == [f"{executed.stem}.json", "fig.lock"]
 
     # another process finds it up to date, and imports nothing heavy to find that out
     code = (
@@ -353,7 +360,12 @@ def test_executed_notebook_outputs_and_provenance(checkout, tmp_path):
     assert (ran.stdout, ran.stderr) == ("fig: up to date\n", "")
 
     used.write_text("another input")
-    changes = render._changes(json.loads(record(figures).read_text()), {}, figures.parent, executed)
+    changes = render._changes(
+        json.loads(record(figures).with_name(f"{executed.stem}.json").read_text()),
+        {},
+        figures.parent,
+        executed,
+    )
     assert f"{name} changed" in changes
 
 

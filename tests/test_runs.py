@@ -164,6 +164,12 @@ def test_samples_are_those_of_the_weights_and_seeds_in_order(root):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("count", [-1, 0, 7])
+def test_samples_that_there_are_not_cannot_be_checked(root, count):
+    with pytest.raises(ReproError, match=f"{count} of the recorded samples cannot be checked: there are 6"):
+        load(root).check_samples(count)
+
+
 def test_the_picture_is_the_images_row_by_row(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (6, 4, 5, 3), np.uint8)
     runs.save_samples(tmp_path, images, 2, 3)
@@ -206,7 +212,8 @@ def test_weights_that_float16_cannot_hold_are_refused(tmp_path):
 
 def test_distances_are_those_of_one_sampler_and_network_by_images_seen(root):
     line = {"name": "FD (EfficientNet-Lite0)", "features": "efficientnet_lite0", "samples": 10,
-            "sample": config.sample_json(RUN.sample)}  # fmt: skip
+            "sample": config.sample_json(RUN.sample), "first_seed": RUN.evaluate.first_seed,
+            "precision": RUN.train.precision}  # fmt: skip
     other = {**line, "sample": {**line["sample"], "steps": 30}}
     inception = {**line, "name": "FID (clean)", "features": "inception"}
     neighbours = {**line, "name": "nearest training image"}
@@ -218,6 +225,8 @@ def test_distances_are_those_of_one_sampler_and_network_by_images_seen(root):
     lines += [
         {**some, "images": 8, "value": 9} for some in (other, inception, neighbours, {**line, "samples": 5})
     ]
+    for change in ({"first_seed": 5}, {"precision": "fp32"}):  # as by `evaluate` with options
+        lines.append({**line, "images": 8, "value": 9} | change)
     for one in lines:
         files.append_line(root / NAME / "metrics.jsonl", one)
     assert [(m["images"], m["value"]) for m in load(root).distances(RUN.sample, 10)] == [(4, 2), (8, 3)]

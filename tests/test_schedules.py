@@ -224,21 +224,22 @@ def test_grid_for_edm_is_the_plain_grid_within_what_is_asked():
 
 
 @pytest.mark.parametrize("schedule", VP.values(), ids=VP)
-@pytest.mark.parametrize("steps", [2, 18, 300])
+@pytest.mark.parametrize("steps", [2, 18, 1000])
 def test_grid_for_vp_visits_only_trained_levels_nearest_to_the_grid(schedule, steps):
     grid = schedules.grid_for(schedule, config.Sample(steps=steps))
-    assert len(grid) == steps + 1 and grid[-1] == 0 and grid.dtype == torch.float64
+    assert len(grid) <= steps + 1 and grid[-1] == 0 and grid.dtype == torch.float64
     assert set(grid[:-1].tolist()) <= set(schedule.sigmas.tolist())
-    assert (grid.diff() <= 0).all()
+    assert (grid.diff() < 0).all()  # none twice, where a fine grid is rounded
     wanted = schedules.karras_grid(max(0.002, schedule.sigma_min), min(80.0, schedule.sigma_max), steps)
     nearest = (wanted[:-1, None] - schedule.sigmas).abs().argmin(1)
-    assert torch.equal(grid[:-1], schedule.sigmas[nearest])
+    assert torch.equal(grid[:-1], schedule.sigmas[nearest.unique_consecutive()])
+    assert len(grid) == steps + 1 or steps == 1000 or len(schedule.sigmas) < 100
 
 
 def test_grid_for_starts_and_ends_at_trained_levels_where_the_schedule_is_narrower():
     schedule = schedules.DiscreteVP(f64([0.01, 0.1, 0.5, 2.0, 10.0]))
     grid = schedules.grid_for(schedule, config.Sample(steps=30))
-    assert float(grid[0]) == 10.0 and float(grid[-2]) == 0.01 and len(grid) == 31
+    assert float(grid[0]) == 10.0 and float(grid[-2]) == 0.01 and len(grid) == 6
 
 
 # By configuration

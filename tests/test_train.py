@@ -237,6 +237,14 @@ def test_an_evaluation_that_fails_loses_nothing_and_is_recorded_once(home, monke
     assert sum(name.startswith("nearest") for _, name, _ in measured(whole)) == 1  # at the end alone
 
 
+def test_the_end_is_measured_wherever_it_is(home, monkeypatch):
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
+    run = dataclasses.replace(EVALUATED, evaluate=Evaluate(at=(18, 1000), samples=4))
+    folder = train.train(run, home / "out", "cpu", grid=(1, 1))
+    assert {images for images, _, _ in measured(folder)} == {20, 48}
+    assert [line["images"] for line in runs.load_run(folder).distances(run.sample)] == [20, 48]
+
+
 def test_a_run_stops_in_time_measured_and_goes_on(home, monkeypatch, capsys):
     monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
     whole = train.train(EVALUATED, home / "whole", "cpu", grid=(1, 1), minutes=60)
@@ -274,7 +282,7 @@ def test_a_record_made_up_for_keeps_what_was_measured(home, monkeypatch):
     folder = train.train(EVALUATED, home / "out", "cpu", grid=(1, 1))
     before = measured(folder)
     (folder / "run.json").unlink()
-    later = dataclasses.replace(EVALUATED, evaluate=Evaluate(at=(18,), samples=4))  # not at the end any more
+    later = dataclasses.replace(EVALUATED, evaluate=Evaluate(samples=4))  # not at the end any more
     assert measured(train.train(later, folder, "cpu", grid=(1, 1))) == before
 
 
@@ -354,6 +362,34 @@ def test_two_processes_train_and_sample_what_one_does(home):
     torchrun(2, "-m", "repro", "sample", home / "one", "--seeds", "3", "8", "--out", home / "drawn")
     pictures = [np.asarray(Image.open(home / "drawn" / f"{seed}.png")) for seed in range(3, 8)]
     np.testing.assert_array_equal(pictures, one.draw(range(3, 8)))
+
+
+GRADIENTS = """
+import torch
+from repro import train
+torch.distributed.init_process_group("gloo")
+rank = torch.distributed.get_rank()
+conv = torch.nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
+unused = torch.nn.Parameter(torch.ones(3))
+mean = train.GradientMean([*conv.parameters(), unused])
+for step in range(2):
+    conv.zero_grad(set_to_none=True)
+    torch.manual_seed(step)
+    gradients = [torch.randn(2, *p.shape) for p in conv.parameters()]
+    for p, gradient in zip(conv.parameters(), gradients):
+        p.grad = torch.empty_like(p).copy_(gradient[rank])
+    mean()
+    for p, gradient in zip(conv.parameters(), gradients):
+        torch.testing.assert_close(p.grad, gradient.mean(0))
+        assert p.grad.stride() == p.stride()
+    assert unused.grad is None
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_gradients_are_averaged_over_processes(tmp_path):
+    (tmp_path / "gradients.py").write_text(GRADIENTS)
+    torchrun(2, tmp_path / "gradients.py")
 
 
 # What a step does -----------------------------------------------------------------------------------
@@ -589,6 +625,7 @@ def test_a_missing_gpu_is_said(monkeypatch):
         train.find_place("cuda")
 
 
-def test_an_unknown_device_names_the_known_ones():
-    with pytest.raises(ReproError, match="unknown device 'gpu'; known are cpu, cuda and cuda:N"):
-        train.find_place("gpu")
+@pytest.mark.parametrize("device", ["gpu", "mps", "meta"])
+def test_an_unknown_device_names_the_known_ones(device):
+    with pytest.raises(ReproError, match=f"unknown device '{device}'; known are cpu, cuda and cuda:N"):
+        train.find_place(device)

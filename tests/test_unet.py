@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repro import config
 from repro.models.norm import GroupNorm
-from repro.models.unet import ADMUNet, Attention, Resample, ResidualBlock, sinusoids
+from repro.models.unet import ADMUNet, Attention, OutputConvolution, Resample, ResidualBlock, sinusoids
 
 RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
 
@@ -455,6 +455,31 @@ def test_float32_and_bfloat16_autocast_stay_close_to_float64():
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         half = net(x.float(), TIMES, LABELS)
     assert 1e-5 < (half - exact).abs().max() / exact.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("outputs", [3, 6])
+def test_the_last_convolution_of_a_bfloat16_map_rounds_nothing_but_its_inputs(outputs):
+    convolution = OutputConvolution(64, outputs, 3, padding=1)
+    h = noise(2, 64, 5, 7).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
+    upstream = noise(2, outputs, 5, 7, seed=1).bfloat16()
+    with torch.no_grad():  # numbers that bfloat16 has: what is left are roundings of float32
+        convolution.weight.copy_(convolution.weight.bfloat16())
+    y = convolution(h)
+    assert y.dtype == torch.float32
+    grads = torch.autograd.grad((y * upstream).sum(), [h, *convolution.parameters()])
+    wide = [tensor.detach().double().requires_grad_() for tensor in (h, *convolution.parameters())]
+    expected = F.conv2d(*wide, padding=1)
+    wanted = torch.autograd.grad((expected * upstream).sum(), wide)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
+    for grad, exact, rounding in zip(grads, wanted, (2**-8, 1e-6, 1e-6), strict=True):
+        torch.testing.assert_close(grad.double(), exact, rtol=0, atol=rounding * exact.abs().max().item())
+
+
+def test_the_output_of_a_network_in_bfloat16_is_not_rounded_to_it():
+    net = tiny().float()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = net(noise(3, 3, 8, 8).float(), TIMES, LABELS)
+    assert y.dtype == torch.float32 and (y != y.bfloat16().float()).float().mean() > 0.9
 
 
 def test_compiles_to_one_graph():

@@ -1,6 +1,6 @@
 #!/bin/sh
-# How long level 1 takes a newcomer: clones this checkout, runs the README's two commands there, and writes
-# level1.json beside this file. Packages that uv has cached are not downloaded again.
+# How long level 1 takes a newcomer: clones this checkout, runs the README's two commands there (the tests with
+# the GPU kernels, interpreted), and writes level1.json beside this file. Packages that uv has cached are not downloaded again.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 folder=$(mktemp -d)
@@ -18,6 +18,7 @@ print(f"{time.time() - began:.2f}")' "$@"
 setup=$(seconds make .venv/ready-cpu TORCH=cpu)
 figures=$(seconds make figures)
 again=$(seconds make figures)
+make kernels >&2
 tests=$(seconds make test)
 bytes=$(du -sb .venv | cut -f1)
 git diff --stat -- paper >&2

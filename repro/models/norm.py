@@ -49,9 +49,8 @@ class GroupNorm(nn.Module):
         offset: Float[Tensor, "*n c"] | None = None,
         silu: bool = False,
         dropout: float = 0.0,
-        dtype: torch.dtype | None = None,
     ) -> Float[Tensor, "n c h w"]:
-        """The normalised map, in the precision of its parts or in `dtype`.
+        """The normalised map, in the precision of its parts.
 
         parts: the map, or several to be joined along their channels. offset: added first, [c] or [n, c]
         (the bias of the convolution before). scale, shift: multiply by (1 + scale), then add `shift`.
@@ -59,7 +58,7 @@ class GroupNorm(nn.Module):
         whether it trains.
         """
         if self._can_fuse(parts):
-            return self._fused(parts, scale, shift, offset, silu, dropout, dtype or parts[0].dtype)
+            return self._fused(parts, scale, shift, offset, silu, dropout)
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         n, c = x.shape[:2]
         wide = x.double() if x.dtype == torch.float64 else x.float()
@@ -75,7 +74,7 @@ class GroupNorm(nn.Module):
             a, b = a * (1 + scale.to(a.dtype)), b * (1 + scale.to(a.dtype))
         if shift is not None:
             b = b + shift
-        y = (wide * a[:, :, None, None] + b[:, :, None, None]).to(dtype or x.dtype)
+        y = (wide * a[:, :, None, None] + b[:, :, None, None]).to(x.dtype)
         y = F.silu(y) if silu else y
         return F.dropout(y, dropout) if dropout else y
 
@@ -89,13 +88,13 @@ class GroupNorm(nn.Module):
         """
         if not self._can_fuse(parts):
             return self(*parts, silu=silu), parts
-        y, *parts = self._fused(parts, None, None, None, silu, 0.0, parts[0].dtype, beside=True)
+        y, *parts = self._fused(parts, None, None, None, silu, 0.0, beside=True)
         return y, tuple(parts)
 
     def _can_fuse(self, parts: tuple[Tensor, ...]) -> bool:
         return self.fused and norm_kernels is not None and norm_kernels.can_take(parts)
 
-    def _fused(self, parts, scale, shift, offset, silu, dropout, dtype, beside=False):
+    def _fused(self, parts, scale, shift, offset, silu, dropout, beside=False):
         n, c = len(parts[0]), len(self.weight)
         shapes = {(len(part), *part.shape[2:]) for part in parts}
         if len(shapes) > 1 or sum(part.shape[1] for part in parts) != c:  # kernels would write elsewhere
@@ -106,7 +105,7 @@ class GroupNorm(nn.Module):
         o = None if offset is None else offset.float().expand(n, c)
         seed = torch.randint(2**31 - 1, (1,), device=parts[0].device) if dropout else None
         first, second = parts if len(parts) == 2 else (parts[0], None)
-        how = (self.groups, self.eps, silu, dropout, dtype, beside)
+        how = (self.groups, self.eps, silu, dropout, beside)
         return _FusedGroupNorm.apply(first, second, self.weight, self.bias, k, t, o, seed, how)
 
 
@@ -118,9 +117,9 @@ class _FusedGroupNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, first, second, weight, bias, k, t, o, seed, how):
-        groups, eps, silu, dropout, dtype, beside = how
+        groups, eps, silu, dropout, beside = how
         y, stats = norm_kernels.normalise(
-            first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout, dtype
+            first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout
         )
         ctx.save_for_backward(first, second, weight, bias, k, seed, stats)
         ctx.how, ctx.given = how, (t is not None, o is not None)

@@ -46,17 +46,21 @@ CHUNK = 2_048
 
 
 def can_take(parts: tuple[Tensor, ...]) -> bool:
-    """Whether the kernels take these maps: one or two of one type, on a GPU, of float32 or less.
+    """Whether the kernels take these maps: one or two of one type, on an NVIDIA GPU, of float32 or less.
 
-    A launch counts images in 16 bits, so a batch is at most 65,535 of them.
+    A launch counts images in 16 bits, so a batch is at most 65,535 of them. Tiles lie in one part, so parts
+    whose widths share no large power of two would take more programs an image than run at once.
     """
     n, _, height, width = parts[0].shape
     return (
         len(parts) <= 2
+        and torch.version.hip is None
         and parts[0].dtype in (torch.float32, torch.bfloat16, torch.float16)
         and all(part.dtype == parts[0].dtype and (part.is_cuda or INTERPRETED) for part in parts)
         and 0 < n <= 65_535
         and 0 < height * width <= 1_000_000
+        and sum(part.shape[1] for part in parts) // _tile_width(parts)
+        <= _programs_that_may_wait(parts[0].device.index)
     )
 
 
@@ -76,14 +80,19 @@ def share_out(parts: tuple[Tensor, ...], tile: int) -> Share:
     many to run at once (twice as many as may wait for each other always do)."""
     widths = [part.shape[1] for part in parts]
     pixels = parts[0].shape[2] * parts[0].shape[3]
-    channels = min(64, *(width & -width for width in widths))  # a power of two that divides them
+    channels = _tile_width(parts)
     chunk = min(CHUNK // channels, triton.next_power_of_2(pixels))
     columns = sum(widths) // channels
     most = _programs_that_may_wait(parts[0].device.index)
     chunks = max(1, tile // channels // chunk)
     while (splits := triton.cdiv(pixels, chunks * chunk)) * columns > most and splits > 1:
-        chunks *= 2
+        chunks *= 2  # ends: can_take sees to it that one split fits
     return Share(chunk, channels, min(chunks, triton.cdiv(pixels, chunk)), splits, columns)
+
+
+def _tile_width(parts: tuple[Tensor, ...]) -> int:
+    """Channels of a tile: the largest power of two, up to 64, that divides each part."""
+    return min(64, *(part.shape[1] & -part.shape[1] for part in parts))
 
 
 @torch.compiler.assume_constant_result
@@ -175,7 +184,10 @@ def _add_pairs(first, second, other_first, other_second):
 def _give_sums(first, second, partial_ptr, counter_ptr, image, split, channel, channels: tl.constexpr,
                SPLITS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """Store this tile's sums over its pixels; true for the last of the image's programs to do so."""
-    first, second = tl.reduce((first, second), 0, _add_pairs)
+    if COMPILED:
+        first, second = tl.reduce((first, second), 0, _add_pairs)  # both at once: half the barriers
+    else:
+        first, second = tl.sum(first, 0), tl.sum(second, 0)
     partial_ptr += (image * SPLITS + split).to(tl.int64) * 2 * channels + channel
     tl.store(partial_ptr, first)
     tl.store(partial_ptr + channels, second)
@@ -433,10 +445,10 @@ def _channels_last(map: Tensor) -> Tensor:
     return map.contiguous(memory_format=torch.channels_last)
 
 
-def _like(x: Tensor, channels: int, dtype: torch.dtype | None = None) -> Tensor:
+def _like(x: Tensor, channels: int) -> Tensor:
     n, _, height, width = x.shape
     shape = (n, channels, height, width)
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _like_second(first: Tensor, second: Tensor | None) -> Tensor:
@@ -486,9 +498,8 @@ def normalise(
     eps: float,
     silu: bool,
     dropout: float,
-    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """y [n, c, h, w] of `dtype`, and what the gradient needs: a, b, 1/deviation, e, mean of x, [n, 5, c]."""
+    """y [n, c, h, w], and what the gradient needs: a, b, 1/deviation, e, mean of x, [n, 5, c]."""
     parts = (first,) if second is None else (first, second)
     n, channels = len(first), len(weight)
     share = share_out(parts, FORWARD_TILE)
@@ -497,7 +508,7 @@ def normalise(
     second = first if second is None else _channels_last(second)
     k, t = (None if given is None else given.contiguous() for given in (k, t))
     o = o if o is None or o.stride(1) == 1 else o.contiguous()
-    y = _like(first, channels, dtype)
+    y = _like(first, channels)
     stats = torch.empty(n, 5, channels, device=first.device)
     with torch.cuda.device_of(first):
         for _ in LAUNCHES:
@@ -512,8 +523,8 @@ def normalise(
 
 
 @normalise.register_fake
-def _(first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout, dtype):
-    return _like(first, len(weight), dtype), weight.new_empty(len(first), 5, len(weight), dtype=torch.float32)
+def _(first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout):
+    return _like(first, len(weight)), weight.new_empty(len(first), 5, len(weight), dtype=torch.float32)
 
 
 @torch.library.custom_op("repro::normalise_grad", mutates_args=())

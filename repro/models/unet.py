@@ -205,7 +205,7 @@ class ADMUNet(nn.Module):
                 if level > 0 and block == config.blocks:
                     self.decoder[-1].append(resampling(channels, "up"))
         self.norm_out = GroupNorm(channels)
-        self.conv_out = zeroed(nn.Conv2d(channels, out_channels or in_channels, 3, padding=1))
+        self.conv_out = zeroed(OutputConvolution(channels, out_channels or in_channels, 3, padding=1))
 
     def forward(
         self, x: Float[Tensor, "n c h w"], t: Float[Tensor, " n"], labels: Int[Tensor, " n"] | None = None
@@ -222,8 +222,6 @@ class ADMUNet(nn.Module):
         for step in self.decoder:
             h = step(h, emb, skips.pop())
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
-            if h.dtype != x.dtype:
-                return _FewOutputs.apply(self.norm_out(h, silu=True), *self.conv_out.parameters())
             return self.conv_out(self.norm_out(h, silu=True))  # n out h w
 
     def _embed(self, labels: Int[Tensor, " n"] | None, n: int) -> Float[Tensor, "n e"]:
@@ -253,6 +251,16 @@ class Step(nn.ModuleList):
             x = block(x, emb, skip) if isinstance(block, ResidualBlock) else block(x)
             skip = None
         return x
+
+
+class OutputConvolution(nn.Conv2d):
+    """The last convolution, 3 x 3 to a few channels: of a half precision map, its output is float32."""
+
+    def forward(self, h: Float[Tensor, "n c h w"]) -> Float[Tensor, "n out h w"]:
+        """Convolve in the map's precision; sum, and give out, in the weights'."""
+        if h.dtype == self.weight.dtype:
+            return super().forward(h)
+        return _FewOutputs.apply(h, self.weight, self.bias)
 
 
 class _FewOutputs(torch.autograd.Function):
