@@ -115,9 +115,9 @@ class Weight:
 class Sample:
     """How images are drawn."""
 
-    sampler: Literal["heun", "ancestral"] = "heun"
+    sampler: Literal["heun", "ancestral", "dpm_solver"] = "heun"
     steps: int = 18
-    """Noise levels visited; Heun calls the network 2 * steps - 1 times."""
+    """Noise levels visited; Heun calls the network 2 * steps - 1 times (see `repro.sample.evaluations`)."""
     sigma_min: Positive = 0.002
     """Smallest noise level of the grid (raised to the smallest trained one)."""
     sigma_max: Positive = 80.0
@@ -127,6 +127,10 @@ class Sample:
     """Of the ancestral sampler: 0 is DDIM, 1 is ancestral DDPM."""
     churn: float = 0.0
     """Of Heun: EDM's S_churn; 0 is deterministic."""
+    order: Annotated[int, Field(ge=1, le=3)] | None = None
+    """Of dpm_solver; none means 2."""
+    multistep: bool = False
+    """Of dpm_solver: take what a step needs besides one network call from the steps before."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is off and costs one network call."""
     guidance_interval: tuple[float, float] | None = None
@@ -138,6 +142,8 @@ class Sample:
             raise ValueError(f"eta is an option of the ancestral sampler; {self.sampler} has none")
         if self.churn and self.sampler != "heun":
             raise ValueError(f"churn is an option of the heun sampler; {self.sampler} has none")
+        if (self.order or self.multistep) and self.sampler != "dpm_solver":
+            raise ValueError(f"order and multistep are options of dpm_solver; {self.sampler} has none")
         if self.guidance_interval and self.guidance == 1:
             raise ValueError("guidance 1 is off: a guidance_interval has no effect on it")
         if self.steps < 2:
@@ -231,6 +237,7 @@ class Config:
 
 
 _adapter = TypeAdapter(Config)
+_sample_adapter = TypeAdapter(Sample)
 
 
 def to_json(config: Config) -> dict:
@@ -240,7 +247,12 @@ def to_json(config: Config) -> dict:
 
 def sample_json(sample: Sample) -> dict:
     """`sample` as a dictionary of JSON values, as metrics.jsonl has it."""
-    return TypeAdapter(Sample).dump_python(sample, mode="json")
+    return _sample_adapter.dump_python(sample, mode="json")
+
+
+def sample_from_json(values: dict) -> Sample:
+    """What `sample_json` wrote; options that came later have their defaults."""
+    return _sample_adapter.validate_python(values)
 
 
 def from_json(values: dict) -> Config:

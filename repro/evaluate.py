@@ -370,7 +370,7 @@ def evaluate(
         "first_seed": how.first_seed,
         "sampler": run.sample.sampler,
         "steps": run.sample.steps,
-        "evaluations": 2 * levels - 1 if run.sample.sampler == "heun" else levels,
+        "evaluations": sample.evaluations(run.sample, levels),
         "guidance": run.sample.guidance,
         "sample": config.sample_json(run.sample),
         "precision": precision,

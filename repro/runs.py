@@ -239,13 +239,12 @@ class Run:
         own feature network, first seed and precision; of several at the same number of images, the last.
         """
         own = self.config
-        wanted = config.sample_json(how)
         samples = samples or self.config.evaluate.samples
         last = {
             line["images"]: line
             for line in self.metrics
             if line["name"].startswith(("FD", "FID"))
-            and (line["sample"], line["samples"]) == (wanted, samples)
+            and (config.sample_from_json(line["sample"]), line["samples"]) == (how, samples)
             and (line["features"], line["first_seed"], line["precision"])
             == (own.evaluate.features, own.evaluate.first_seed, own.train.precision)
         }

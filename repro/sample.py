@@ -74,7 +74,18 @@ def sample_batch(
     start = noise().double() * sigmas[0]
     if sample.sampler == "heun":
         return samplers.heun(denoise, start, sigmas, churn=sample.churn, fresh_noise=noise)
+    if sample.sampler == "dpm_solver":
+        return samplers.dpm_solver(denoise, start, sigmas, sample.order or 2, sample.multistep)
     return samplers.ancestral(denoise, start, sigmas, eta=sample.eta, fresh_noise=noise)
+
+
+def evaluations(sample: config.Sample, levels: int) -> int:
+    """Times that the sampler asks the denoiser on a grid of `levels` noise levels besides 0.
+
+    The last step, to 0, takes one.
+    """
+    a_step = {"heun": 2, "ancestral": 1, "dpm_solver": 1 if sample.multistep else sample.order or 2}
+    return a_step[sample.sampler] * (levels - 1) + 1
 
 
 def generate(

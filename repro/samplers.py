@@ -78,6 +78,88 @@ def ancestral(
     return x
 
 
+def dpm_solver(
+    denoise: Denoise,
+    x: Float[Tensor, "n c h w"],
+    sigmas: Float[Tensor, " steps_and_zero"],
+    order: int = 2,
+    multistep: bool = False,
+) -> Float[Tensor, "n c h w"]:
+    """DPM-Solver of order 1, 2 or 3; in EDM's frame, where alpha is 1 and lambda = -ln(sigma).
+
+    Singlestep (Lu et al. 2022, Algorithms 1 and 2, and Eq. 3.7; noise prediction): `order` network
+    calls a step, all between its two noise levels. Multistep (Lu et al. 2022b, DPM-Solver++, Algorithm 2
+    and Appendix A; data prediction): one call a step, the others taken from the steps before, so the first
+    steps are of lower order. The last step, to sigma = 0 where lambda is infinite, is of order 1 in both.
+    Order 1 is DDIM. Raises `ReproError` for another order.
+    """
+    if order not in (1, 2, 3):
+        raise ReproError(f"dpm_solver has the orders 1, 2 and 3, not {order}")
+    _check(sigmas, 0.0, None)
+    x, sigmas = x.double(), sigmas.double()
+    earlier: list[tuple[Tensor, Tensor]] = []  # sigma and D_x of the steps before, the last one first
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        D_x = denoise(x, sigma)
+        if sigma_next == 0:
+            return D_x.double()
+        if multistep:
+            earlier = [(sigma, D_x.double()), *earlier][:order]
+            x = _multistep(x, earlier, sigma_next)
+        else:
+            x = _singlestep(denoise, x, (x - D_x) / sigma, sigma, sigma_next, order)
+    return x
+
+
+def _singlestep(
+    denoise: Denoise, x: Tensor, noise: Tensor, sigma: Tensor, sigma_next: Tensor, order: int
+) -> Tensor:
+    """One step from x at sigma, where `noise` is predicted. sigma_t (e^h - 1) is sigma - sigma_t here."""
+    h = (sigma / sigma_next).log()
+
+    def predicted(x: Tensor, at: Tensor) -> Tensor:
+        return (x - denoise(x, at)) / at
+
+    if order == 1:
+        return x + (sigma_next - sigma) * noise
+    if order == 2:
+        middle = sigma * (-h / 2).exp()
+        return x + (sigma_next - sigma) * predicted(x + (middle - sigma) * noise, middle)
+    first, second = sigma * (-h / 3).exp(), sigma * (-2 * h / 3).exp()
+    change = predicted(x + (first - sigma) * noise, first) - noise
+    # phi_2: (e^h - 1) / h - 1, times sigma at the end of the part stepped over
+    phi = (sigma - second) / (2 * h / 3) - second
+    at_second = x + (second - sigma) * noise - 2 * phi * change
+    change = predicted(at_second, second) - noise
+    phi = (sigma - sigma_next) / h - sigma_next
+    return x + (sigma_next - sigma) * noise - 1.5 * phi * change
+
+
+def _multistep(x: Tensor, earlier: list[tuple[Tensor, Tensor]], sigma_next: Tensor) -> Tensor:
+    """One step to sigma_next from (sigma, D_x) here and at up to two steps before.
+
+    D over lambda is taken as the parabola through the three, D + slope * u + bend * u^2 with u in units of
+    h, which the exact solution integrates. The authors' code, and diffusers', have half of the last term:
+    that makes their third-order step one of order 2 (tests/test_samplers.py measures it).
+    """
+    sigma, D_x = earlier[0]
+    h = (sigma / sigma_next).log()
+    shrunk = sigma_next / sigma  # e^-h
+    x = shrunk * x + (1 - shrunk) * D_x
+    if len(earlier) == 1:
+        return x
+    # divided differences of D over lambda, in units of h
+    gaps = [(after / at).log() / h for (after, _), (at, _) in zip(earlier[1:], earlier[:-1], strict=True)]
+    slopes = [
+        (D_at - D_before) / gap
+        for (_, D_at), (_, D_before), gap in zip(earlier[:-1], earlier[1:], gaps, strict=True)
+    ]
+    if len(earlier) == 2:
+        return x + (1 - shrunk) / 2 * slopes[0]
+    bend = (slopes[0] - slopes[1]) / (gaps[0] + gaps[1])
+    slope = slopes[0] + gaps[0] * bend
+    return x + ((shrunk - 1) / h + 1) * slope - 2 * ((shrunk - 1 + h) / h**2 - 0.5) * bend
+
+
 def _check(sigmas: Tensor, stochastic: float, fresh_noise: FreshNoise | None) -> None:
     if sigmas.ndim != 1 or len(sigmas) < 2 or sigmas[-1] != 0 or (sigmas.diff() > 0).any() or sigmas[-2] <= 0:
         raise ReproError("sigmas must descend and end in a single 0")

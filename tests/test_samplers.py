@@ -1,5 +1,6 @@
 """Samplers against exact solutions: the ODE's path where no noise is added, the variance where some is."""
 
+import functools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from exact import ExactNet, Gaussian, Mixture
 from scipy import stats
 
-from repro import denoiser, samplers, schedules
+from repro import config, denoiser, sample, samplers, schedules
 
 START = 10.0
 GAUSSIAN, MIXTURE = Gaussian(), Mixture()
@@ -56,6 +57,14 @@ class Given:
 
 
 DETERMINISTIC = {"heun": (samplers.heun, 2), "ancestral, eta 0": (samplers.ancestral, 1)}
+DPM_SOLVERS = {
+    f"order {order}, {'multistep' if multistep else 'singlestep'}": (
+        functools.partial(samplers.dpm_solver, order=order, multistep=multistep),
+        order,
+    )
+    for order in (1, 2, 3)
+    for multistep in (False, True)
+}
 
 
 # The ODE
@@ -79,6 +88,95 @@ def test_order_of_convergence_on_a_mixture(sampler, order):
     steps = [64, 128, 256, 512]
     errors = [float((sampler(MIXTURE.denoise, x, grid(n)) - exact).abs().mean()) for n in steps]
     assert measured_order(steps, errors) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("sampler, order", DPM_SOLVERS.values(), ids=DPM_SOLVERS)
+def test_order_of_convergence_of_dpm_solver(sampler, order):
+    x = START * normal(0, 4, 1, 3, 3)
+    exact = GAUSSIAN.flow(x, START, 0.0)
+    steps = [8, 16, 32] if sampler.keywords == {"order": 3, "multistep": False} else [32, 64, 128]
+    errors = [float((sampler(GAUSSIAN.denoise, x, grid(n)) - exact).abs().max()) for n in steps]
+    assert measured_order(steps, errors) > order - 0.1
+    assert errors[-1] < {1: 3e-2, 2: 1e-3, 3: 1e-4}[order]
+
+    x = f64([-13.0, -6.0, -1.0, 0.5, 3.0, 9.0, 14.0]).view(7, 1, 1, 1)
+    exact = MIXTURE.flow(x, START, 0.0)
+    steps = [64, 128, 256, 512]
+    errors = [float((sampler(MIXTURE.denoise, x, grid(n)) - exact).abs().mean()) for n in steps]
+    assert measured_order(steps, errors) == pytest.approx(order, abs=0.2)
+
+
+def test_dpm_solver_of_order_1_is_ddim_and_2_asks_halfway_in_lambda():
+    x, sigmas = 9 * normal(3, 2, 1, 2, 2), f64([9.0, 4.0, 1.5, 0.3, 0.0])
+    ddim = samplers.ancestral(GAUSSIAN.denoise, x, sigmas)
+    for multistep in (False, True):
+        one = samplers.dpm_solver(GAUSSIAN.denoise, x, sigmas, 1, multistep)
+        torch.testing.assert_close(one, ddim, rtol=1e-12, atol=1e-12)
+    recorder = Recorder()
+    samplers.dpm_solver(recorder, x, sigmas, 2)
+    asked = [sigma for _, sigma in recorder.asked]
+    assert asked == pytest.approx([9, 6, 4, 6**0.5, 1.5, 0.45**0.5, 0.3])
+
+
+@pytest.mark.parametrize("order, multistep", [(1, False), (2, False), (3, False), (2, True), (3, True)])
+def test_dpm_solver_asks_as_often_as_it_says(order, multistep):
+    recorder = Recorder()
+    samplers.dpm_solver(recorder, START * normal(0, 1, 1, 2, 2), grid(7), order, multistep)
+    how = config.Sample(sampler="dpm_solver", steps=7, order=order, multistep=multistep)
+    assert len(recorder.asked) == sample.evaluations(how, 7)
+
+
+def of_diffusers(order: int, steps: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What diffusers' multistep solver makes of x = sigmas[0] * n on Gaussian data, and its sigmas."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        solver_order=order, use_lu_lambdas=True, final_sigmas_type="zero"
+    )
+    scheduler.set_timesteps(steps)
+    x_t = (x * scheduler.sigmas[0] / (1 + scheduler.sigmas[0] ** 2).sqrt()).double()
+    for t, sigma in zip(scheduler.timesteps, scheduler.sigmas.double(), strict=False):
+        alpha = 1 / (1 + sigma**2).sqrt()
+        D_x = GAUSSIAN.denoise(x_t / alpha, sigma)
+        x_t = scheduler.step((x_t / alpha - D_x) / sigma, t, x_t).prev_sample.double()
+    return x_t, scheduler.sigmas.double()
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_multistep_agrees_with_diffusers(order):
+    x = normal(5, 4, 1, 3, 3)
+    theirs, sigmas = of_diffusers(order, 20, x)
+    ours = samplers.dpm_solver(GAUSSIAN.denoise, x * sigmas[0], sigmas, order, multistep=True)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)  # theirs is float32
+
+
+def test_the_third_order_of_diffusers_is_half_a_term_short(monkeypatch):
+    """With that half, ours is theirs, and of order 2; with the whole term it is of order 3 (above)."""
+    x = normal(5, 4, 1, 3, 3)
+    theirs, sigmas = of_diffusers(3, 20, x)
+    ours = samplers.dpm_solver(GAUSSIAN.denoise, x * sigmas[0], sigmas, 3, multistep=True)
+    assert (ours - theirs).abs().max() > 1e-3
+
+    whole = samplers._multistep
+
+    def halved(x, earlier, sigma_next):
+        made = whole(x, earlier, sigma_next)
+        if len(earlier) < 3:
+            return made
+        (s0, D0), (s1, D1), (s2, D2) = earlier
+        h, h0, h1 = (s0 / sigma_next).log(), (s1 / s0).log(), (s2 / s1).log()
+        bend = ((D0 - D1) / h0 - (D1 - D2) / h1) * h**2 / (h0 + h1)
+        return made + ((sigma_next / s0 - 1 + h) / h**2 - 0.5) * bend
+
+    monkeypatch.setattr(samplers, "_multistep", halved)
+    made = samplers.dpm_solver(GAUSSIAN.denoise, x * sigmas[0], sigmas, 3, multistep=True)
+    start, steps = START * normal(0, 4, 1, 3, 3), [64, 128, 256, 512]
+    exact = GAUSSIAN.flow(start, START, 0.0)
+    errors = [
+        float((samplers.dpm_solver(GAUSSIAN.denoise, start, grid(n), 3, True) - exact).abs().max())
+        for n in steps
+    ]
+    torch.testing.assert_close(made, theirs, rtol=0, atol=1e-4)
+    assert measured_order(steps, errors) == pytest.approx(2, abs=0.15)
 
 
 @pytest.mark.parametrize("target", ["x0", "eps", "v", "edm"])
