@@ -41,6 +41,34 @@ def cfg(denoise: LabelledDenoiser, scale: float, null_label: int | None) -> Labe
     return guided
 
 
+def classifier(
+    denoise: LabelledDenoiser, log_probabilities: Callable[[Tensor, Tensor], Tensor], scale: float
+) -> LabelledDenoiser:
+    """Guidance by a noisy classifier (Dhariwal and Nichol 2021, Algorithm 2), in EDM's frame.
+
+    The score of x is (D - x) / sigma^2, and guidance adds scale * grad log p(label | x) to it, so it adds
+    scale * sigma^2 * grad log p(label | x) to D. `log_probabilities(x, sigma)` is [n, classes], and is
+    asked for its gradient by x. With scale 1, an unconditional D and exact probabilities the result is
+    the exact conditional D. Scale 0 is off and returns `denoise` itself.
+    """
+    if scale == 0:
+        return denoise
+
+    def guided(
+        x: Float[Tensor, "n c h w"], sigma: Float[Tensor, " *n"], labels: Int[Tensor, " n"] | None
+    ) -> Float[Tensor, "n c h w"]:
+        if labels is None:
+            raise ReproError("guidance by a classifier needs labels")
+        with torch.enable_grad():
+            at = x.detach().requires_grad_()
+            chosen = log_probabilities(at, sigma).gather(1, labels[:, None])
+            (gradient,) = torch.autograd.grad(chosen.sum(), at)
+        variance = sigma.to(x).reshape(-1, 1, 1, 1) ** 2
+        return denoise(x, sigma, labels) + scale * variance * gradient
+
+    return guided
+
+
 def interval(
     inside: LabelledDenoiser, outside: LabelledDenoiser, low: float, high: float
 ) -> LabelledDenoiser:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from exact import ExactNet, Mixture
+from exact import ExactNet, Gaussian, Mixture
 
 from repro import denoiser, guidance, samplers, schedules
 
@@ -106,3 +106,51 @@ def test_samplers_never_know():
     with_labels = samplers.heun(lambda x, s: guided(x, s, LABELS), 10 * X, sigmas)
     without = samplers.heun(lambda x, s: D(x, s, None), 10 * X, sigmas)
     torch.testing.assert_close(with_labels, without, rtol=1e-9, atol=1e-9)
+
+
+# A classifier
+
+PIXELS = torch.linspace(-3, 3, 25, dtype=torch.float64).view(25, 1, 1, 1)
+
+
+def exact_classifier(x, sigma):
+    """ln p(component | x) of images of one pixel."""
+    return DATA._joint(x, sigma).flatten(1).log_softmax(1)
+
+
+def unconditional(x, sigma, labels):
+    return DATA.denoise(x, sigma)
+
+
+@pytest.mark.parametrize("sigma", [0.05, 0.5, 3.0, 40.0])
+@pytest.mark.parametrize("label", [0, 1, 2])
+def test_an_exact_classifier_at_scale_1_makes_the_conditional_denoiser(sigma, label):
+    labels = torch.full((25,), label)
+    guided = guidance.classifier(unconditional, exact_classifier, 1.0)
+    with torch.no_grad():  # as samplers run
+        found = guided(PIXELS, f64(sigma), labels)
+    expected = DATA.denoise(PIXELS, f64(sigma), labels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * max(1, sigma**2))
+    assert not found.requires_grad
+
+
+def test_a_classifiers_scale_multiplies_what_it_adds_to_the_score():
+    labels, sigma = torch.arange(25) % 3, torch.linspace(0.2, 5, 25, dtype=torch.float64)
+    whole, conditional = DATA.denoise(PIXELS, sigma), DATA.denoise(PIXELS, sigma, labels)
+    found = guidance.classifier(unconditional, exact_classifier, 2.5)(PIXELS, sigma, labels)
+    torch.testing.assert_close(found, whole + 2.5 * (conditional - whole), rtol=1e-9, atol=1e-9)
+
+
+def test_sampling_under_an_exact_classifier_ends_in_the_component():
+    """The flow of the guided denoiser is that of the component alone, known in closed form."""
+    labels, sigmas = torch.full((25,), 2), schedules.karras_grid(1e-4, 20.0, 200)
+    guided = guidance.classifier(unconditional, exact_classifier, 1.0)
+    found = samplers.heun(lambda x, s: guided(x, s, labels), 20 * PIXELS, sigmas)
+    component = Gaussian(DATA.means[2], DATA.stds[2])
+    torch.testing.assert_close(found, component.flow(20 * PIXELS, 20.0, 0.0), rtol=0, atol=2e-3)
+
+
+def test_a_classifier_at_scale_0_is_off_and_without_labels_refused():
+    assert guidance.classifier(unconditional, exact_classifier, 0.0) is unconditional
+    with pytest.raises(ValueError, match="guidance by a classifier needs labels"):
+        guidance.classifier(unconditional, exact_classifier, 1.0)(PIXELS, f64(1.0), None)
