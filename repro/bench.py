@@ -50,11 +50,14 @@ class Variant:
     cuda_graphs: bool = False
     forward: bool = True
     """Also time forward passes alone (which costs another compilation)."""
+    all_plans: bool = False
+    """Let cuDNN try all its plans for each convolution, not the first ten alone (which takes longer)."""
 
 
 VARIANTS = {
     "prototype, plain": Variant(PROTOTYPE, plain=True, batch=512, forward=False),
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
+    "prototype, all plans": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False, all_plans=True),
     "lab": Variant(_lab, cuda_graphs=True),
 }
 
@@ -187,6 +190,8 @@ def measure(name: str, folder: Path, others: int) -> dict:
         lab, model=variant.model, train=replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs)
     )
     torch.backends.cudnn.benchmark = True
+    if variant.all_plans:
+        torch.backends.cudnn.benchmark_limit = 0
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
     if variant.plain:
