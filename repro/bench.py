@@ -50,14 +50,11 @@ class Variant:
     cuda_graphs: bool = False
     forward: bool = True
     """Also time forward passes alone (which costs another compilation)."""
-    all_plans: bool = False
-    """Let cuDNN try all its plans for each convolution, not the first ten alone (which takes longer)."""
 
 
 VARIANTS = {
     "prototype, plain": Variant(PROTOTYPE, plain=True, batch=512, forward=False),
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
-    "prototype, all plans": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False, all_plans=True),
     "lab": Variant(_lab, cuda_graphs=True),
 }
 
@@ -181,7 +178,7 @@ def kernel_times(work, steps: int = 3) -> tuple[float, dict[str, float], list[tu
     return total / steps / 1000, shares, [(name[:120], round(spent / steps / 1000, 4)) for name, spent in top]
 
 
-def measure(name: str, folder: Path, others: int) -> dict:
+def measure(name: str, folder: Path, others: int, all_plans: bool = False) -> dict:
     """Compile one variant, wait until all `others` are compiled too and for its turn, and time it."""
     variant = VARIANTS[name]
     lab = presets.PRESETS["lab/celeba64-unet"]
@@ -190,7 +187,7 @@ def measure(name: str, folder: Path, others: int) -> dict:
         lab, model=variant.model, train=replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs)
     )
     torch.backends.cudnn.benchmark = True
-    if variant.all_plans:
+    if all_plans:
         torch.backends.cudnn.benchmark_limit = 0
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
@@ -255,23 +252,31 @@ def measure(name: str, folder: Path, others: int) -> dict:
     }
 
 
-def main(out: Path, variants: tuple[str, ...] = (), one: tuple[str, Path, int] | None = None) -> None:
+def main(
+    out: Path,
+    variants: tuple[str, ...] = (),
+    all_plans: bool = False,
+    one: tuple[str, Path, int] | None = None,
+) -> None:
     """Measure variants of the UNet at 64 x 64 and write a JSON file.
 
     Args:
         out: File to write.
         variants: Names of `VARIANTS`; by default all.
+        all_plans: Let cuDNN try all its plans for each convolution, not its first ten (takes longer).
         one: Used by the program itself for the process of one variant: its name, a folder, their number.
     """
     if one:
-        files.write_json(out, measure(*one))
+        files.write_json(out, measure(*one, all_plans))
         return
     with tempfile.TemporaryDirectory() as folder:
         names, workers, results = variants or tuple(VARIANTS), [], []
         for name in names:
             part = Path(folder) / f"{name}.json"
             command = [sys.executable, "-m", "repro.bench", "--out", str(part), "--one", name, folder]
-            workers.append((name, part, subprocess.Popen([*command, str(len(names))])))
+            workers.append(
+                (name, part, subprocess.Popen([*command, str(len(names)), *["--all-plans"] * all_plans]))
+            )
         while waiting := [worker for _, _, worker in workers if worker.poll() is None]:
             for name, _, worker in workers:
                 if worker.poll():  # a failed one must not keep the others waiting
@@ -284,7 +289,7 @@ def main(out: Path, variants: tuple[str, ...] = (), one: tuple[str, Path, int] |
         "code": provenance.code_version("import repro.bench"),
         "commit": train.git_commit(),
     }
-    files.write_json(out, {**about, "variants": results})
+    files.write_json(out, {**about, "all_plans": all_plans, "variants": results})
     if len(results) < len(workers):
         raise SystemExit(f"{len(workers) - len(results)} of {len(workers)} variants failed; see above")
 
