@@ -177,7 +177,11 @@ def evaluate(name: str, arguments: list[str]) -> None:
     from repro import train as training
 
     recorded = runs.load_run(name)
-    default = EvaluateOptions(sample=recorded.sample, evaluate=recorded.config.evaluate)
+    default = EvaluateOptions(
+        sample=recorded.sample,
+        evaluate=recorded.config.evaluate,
+        precision=recorded.config.train.precision,
+    )
     options = _parse("evaluate", name, default, arguments)
     _check_batch(options.batch)
     place = training.find_place(options.device)

@@ -13,7 +13,7 @@ from pydantic.dataclasses import dataclass
 
 strict = ConfigDict(extra="forbid")
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -122,13 +122,13 @@ class Sample:
     """Smallest noise level of the grid (raised to the smallest trained one)."""
     sigma_max: Positive = 80.0
     """Largest noise level of the grid (lowered to the largest trained one)."""
-    rho: Positive = 7.0
+    rho: Annotated[float, Field(ge=0.1, le=100)] = 7.0
     eta: float = 0.0
     """Of the ancestral sampler: 0 is DDIM, 1 is ancestral DDPM."""
     churn: float = 0.0
     """Of Heun: EDM's S_churn; 0 is deterministic."""
     order: Annotated[int, Field(ge=1, le=3)] | None = None
-    """Of dpm_solver; none means 2."""
+    """Of dpm_solver, which has 2 by default."""
     multistep: bool = False
     """Of dpm_solver: take what a step needs besides one network call from the steps before."""
     guidance: float = 1.0
@@ -142,6 +142,8 @@ class Sample:
             raise ValueError(f"eta is an option of the ancestral sampler; {self.sampler} has none")
         if self.churn and self.sampler != "heun":
             raise ValueError(f"churn is an option of the heun sampler; {self.sampler} has none")
+        if self.sampler == "dpm_solver" and self.order is None:
+            object.__setattr__(self, "order", 2)  # one sampler, one way to say it
         if (self.order or self.multistep) and self.sampler != "dpm_solver":
             raise ValueError(f"order and multistep are options of dpm_solver; {self.sampler} has none")
         if self.guidance_interval and self.guidance == 1:

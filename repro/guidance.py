@@ -59,8 +59,8 @@ def classifier(
     ) -> Float[Tensor, "n c h w"]:
         if labels is None:
             raise ReproError("guidance by a classifier needs labels")
-        with torch.enable_grad():
-            at = x.detach().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            at = x.detach().clone().requires_grad_()
             chosen = log_probabilities(at, sigma).gather(1, labels[:, None])
             (gradient,) = torch.autograd.grad(chosen.sum(), at)
         variance = sigma.to(x).reshape(-1, 1, 1, 1) ** 2

@@ -278,7 +278,7 @@ def describe_sampler(sample: dict) -> str:
     """A sampler's settings in a few words, such as `Heun, 18 steps from σ = 40`."""
     name = {"heun": "Heun", "ancestral": "DDIM" if sample["eta"] == 0 else "ancestral"}.get(sample["sampler"])
     if sample["sampler"] == "dpm_solver":
-        name = f"DPM-Solver-{sample['order'] or 2}{'M' if sample['multistep'] else ''}"
+        name = f"DPM-Solver++({sample['order']}M)" if sample["multistep"] else f"DPM-Solver-{sample['order']}"
     guidance = "" if sample["guidance"] == 1 else f", guidance {sample['guidance']:g}"
     return f"{name}, {sample['steps']} steps from σ = {sample['sigma_max']:g}{guidance}"
 

@@ -75,7 +75,7 @@ def sample_batch(
     if sample.sampler == "heun":
         return samplers.heun(denoise, start, sigmas, churn=sample.churn, fresh_noise=noise)
     if sample.sampler == "dpm_solver":
-        return samplers.dpm_solver(denoise, start, sigmas, sample.order or 2, sample.multistep)
+        return samplers.dpm_solver(denoise, start, sigmas, sample.order, sample.multistep)
     return samplers.ancestral(denoise, start, sigmas, eta=sample.eta, fresh_noise=noise)
 
 
@@ -84,7 +84,7 @@ def evaluations(sample: config.Sample, levels: int) -> int:
 
     The last step, to 0, takes one.
     """
-    a_step = {"heun": 2, "ancestral": 1, "dpm_solver": 1 if sample.multistep else sample.order or 2}
+    a_step = {"heun": 2, "ancestral": 1, "dpm_solver": 1 if sample.multistep else sample.order}
     return a_step[sample.sampler] * (levels - 1) + 1
 
 

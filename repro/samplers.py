@@ -91,7 +91,8 @@ def dpm_solver(
     calls a step, all between its two noise levels. Multistep (Lu et al. 2022b, DPM-Solver++, Algorithm 2
     and Appendix A; data prediction): one call a step, the others taken from the steps before, so the first
     steps are of lower order. The last step, to sigma = 0 where lambda is infinite, is of order 1 in both.
-    Order 1 is DDIM. Raises `ReproError` for another order.
+    Order 1 is DDIM. Singlestep asks between the grid's levels, where a network of counted timesteps is told
+    the nearest one. Raises `ReproError` for another order.
     """
     if order not in (1, 2, 3):
         raise ReproError(f"dpm_solver has the orders 1, 2 and 3, not {order}")
@@ -99,6 +100,8 @@ def dpm_solver(
     x, sigmas = x.double(), sigmas.double()
     earlier: list[tuple[Tensor, Tensor]] = []  # sigma and D_x of the steps before, the last one first
     for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        if sigma_next == sigma:  # a level visited twice: no step
+            continue
         D_x = denoise(x, sigma)
         if sigma_next == 0:
             return D_x.double()
@@ -138,7 +141,7 @@ def _multistep(x: Tensor, earlier: list[tuple[Tensor, Tensor]], sigma_next: Tens
     """One step to sigma_next from (sigma, D_x) here and at up to two steps before.
 
     D over lambda is taken as the parabola through the three, D + slope * u + bend * u^2 with u in units of
-    h, which the exact solution integrates. The authors' code, and diffusers', have half of the last term:
+    h, which the exact solution integrates. DPM-Solver's own code, and diffusers', have half of the last term:
     that makes their third-order step one of order 2 (tests/test_samplers.py measures it).
     """
     sigma, D_x = earlier[0]

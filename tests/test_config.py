@@ -59,6 +59,8 @@ def test_an_unknown_preset_names_the_near_ones():
         (lambda c: c["evaluate"].update(samples=1), "a covariance needs at least 2 samples, not 1"),
         (lambda c: c["train"].update(label_drop=0.1), "label_drop needs data.classes"),
         (lambda c: c["sample"].update(rho=0), "sample.rho"),
+        (lambda c: c["sample"].update(rho=float("inf")), "sample.rho"),
+        (lambda c: c["train"].update(lr=float("nan")), "train.lr"),
         (lambda c: c["sample"].update(sigma_min=0), "sample.sigma_min"),
         (lambda c: c["data"].update(holdout=-1), "data.holdout"),
         (lambda c: c["model"].update(dropout=1.5), "dropout"),
@@ -87,3 +89,8 @@ def test_differences_are_named():
     other = dataclasses.replace(run, train=Train(images=2), sample=Sample(steps=30))
     assert runs.differences(run, other) == ["sample.steps", "train.images"]
     assert runs.differences(run, run) == []
+
+
+def test_a_sampler_has_one_way_to_be_said():
+    assert Sample(sampler="dpm_solver") == Sample(sampler="dpm_solver", order=2)
+    assert config.sample_from_json(config.sample_json(Sample(sampler="dpm_solver"))).order == 2

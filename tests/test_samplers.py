@@ -353,7 +353,11 @@ def test_the_state_is_float64_and_the_start_is_left_alone(sampler):
     assert torch.equal(x, kept)
 
 
-@pytest.mark.parametrize("sampler", [samplers.heun, samplers.ancestral])
+@pytest.mark.parametrize(
+    "sampler",
+    [samplers.heun, samplers.ancestral, *[sampler for sampler, _ in DPM_SOLVERS.values()]],
+    ids=["heun", "ancestral", *DPM_SOLVERS],
+)
 def test_a_level_visited_twice_changes_nothing(sampler):
     """Rounding to few trained levels can repeat one; no noise is to be added there."""
     x, once, twice = (
