@@ -239,7 +239,7 @@ class Run:
         own feature network, first seed and precision; of several at the same number of images, the last.
         """
         own = self.config
-        samples = samples or self.config.evaluate.samples
+        samples = samples or own.evaluate.samples
         last = {
             line["images"]: line
             for line in self.metrics

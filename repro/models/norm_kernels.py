@@ -196,15 +196,19 @@ def _give_sums(first, second, partial_ptr, counter_ptr, image, split, channel, c
 
 
 @triton.jit
-def _all_sums(partial_ptr, image, channel, mask, channels: tl.constexpr, SPLITS: tl.constexpr):
-    """The sums of all tiles of an image, for channels laid out as `channel` is."""
-    partial_ptr += (image * SPLITS).to(tl.int64) * 2 * channels + channel
-    first, second = tl.zeros(channel.shape, tl.float32), tl.zeros(channel.shape, tl.float32)
+def _all_sums(partial_ptr, image, groups: tl.constexpr, size: tl.constexpr,
+              GROUPS: tl.constexpr, SIZE: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
+    """All channels as groups by members, which of them there are, and the sums of all tiles of an image."""
+    channels: tl.constexpr = groups * size
+    g, inner = tl.arange(0, GROUPS)[:, None], tl.arange(0, SIZE)[None, :]
+    every, inside = g * size + inner, (g < groups) & (inner < size)
+    partial_ptr += (image * SPLITS).to(tl.int64) * 2 * channels + every
+    first, second = tl.zeros(every.shape, tl.float32), tl.zeros(every.shape, tl.float32)
     for split in tl.range(SPLITS, loop_unroll_factor=4):
         from_ptr = partial_ptr + split * 2 * channels
-        first += tl.load(from_ptr, mask=mask, other=0.0, cache_modifier=".cg")
-        second += tl.load(from_ptr + channels, mask=mask, other=0.0, cache_modifier=".cg")
-    return first, second
+        first += tl.load(from_ptr, mask=inside, other=0.0, cache_modifier=".cg")
+        second += tl.load(from_ptr + channels, mask=inside, other=0.0, cache_modifier=".cg")
+    return every, inside, first, second
 
 
 @triton.jit
@@ -284,9 +288,7 @@ def _norm_program(
         first += x
         second += x * x
     if _give_sums(first, second, partial_ptr, counter_ptr, image, split, c, channels, SPLITS, COLUMNS):
-        g, inner = tl.arange(0, GROUPS)[:, None], tl.arange(0, SIZE)[None, :]
-        every, inside = g * size + inner, (g < groups) & (inner < size)
-        sum_x, sum_xx = _all_sums(partial_ptr, image, every, inside, channels, SPLITS)
+        every, inside, sum_x, sum_xx = _all_sums(partial_ptr, image, groups, size, GROUPS, SIZE, SPLITS)
         m, mm = sum_x / pixels, sum_xx / pixels
         tl.store(stats_ptr + 4 * channels + every, m, mask=inside)
         if OFFSET:
@@ -406,9 +408,7 @@ def _grad_program(
         first += dz
         second += dz * x
     if _give_sums(first, second, partial_ptr, counter_ptr, image, split, c, channels, SPLITS, COLUMNS):
-        g, inner = tl.arange(0, GROUPS)[:, None], tl.arange(0, SIZE)[None, :]
-        every, inside = g * size + inner, (g < groups) & (inner < size)
-        db, dxb = _all_sums(partial_ptr, image, every, inside, channels, SPLITS)
+        every, inside, db, dxb = _all_sums(partial_ptr, image, groups, size, GROUPS, SIZE, SPLITS)
         every_a = tl.load(stats_ptr + every, mask=inside, other=0.0)
         rstd = tl.load(stats_ptr + 2 * channels + every, mask=inside, other=0.0)
         e = tl.load(stats_ptr + 3 * channels + every, mask=inside, other=0.0)
