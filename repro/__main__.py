@@ -6,6 +6,7 @@ the defaults of all their options come from it: `python -m repro train lab/celeb
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -162,6 +163,9 @@ class EvaluateOptions:
     record: bool = True
     """Append to metrics.jsonl; --no-record only prints."""
     precision: Literal["fp32", "bf16"] = "bf16"
+    settings: Path | None = None
+    """JSON file of a list of changes to the sampler, [{"sampler": "ancestral", "eta": 1}, ...]: measure each
+    in turn, on a network compiled once."""
     compile: bool = False
     """Compile the network first: worth it from some thousand images on a GPU."""
     device: Device = None
@@ -188,22 +192,52 @@ def evaluate(name: str, arguments: list[str]) -> None:
     denoiser = recorded.denoiser(place.device)
     if options.compile:
         denoiser.net = torch.compile(denoiser.net, dynamic=False)
-    lines = evaluation.evaluate(
-        denoiser,
-        replace(recorded.config, sample=options.sample, evaluate=options.evaluate),
-        recorded.record.data.fingerprint,
-        recorded.record.images,
-        place.device,
-        options.precision,
-        min(options.batch, options.evaluate.samples),
-        options.neighbours,
-    )
-    for line in lines if place.first else []:
-        print(
-            f"{line['name']}: {line['value']:.4f}, {line['samples']:,} samples from seed {line['first_seed']}"
+    fits = min(options.batch, options.evaluate.samples)
+    network = evaluation.feature_network(options.evaluate.features, place.device)
+    for how in _sampler_settings(options):
+        lines = evaluation.evaluate(
+            denoiser,
+            replace(recorded.config, sample=how, evaluate=options.evaluate),
+            recorded.record.data.fingerprint,
+            recorded.record.images,
+            place.device,
+            options.precision,
+            fits,
+            options.neighbours,
+            network,
         )
-        if options.record:
-            files.append_line(recorded.path / "metrics.jsonl", line)
+        for line in lines if place.first else []:
+            print(
+                f"{line['name']}: {line['value']:.4f}, {line['samples']:,} samples from seed "
+                f"{line['first_seed']}, {_told(config.sample_json(how))}",
+                flush=True,
+            )
+            if options.record:
+                files.append_line(recorded.path / "metrics.jsonl", line)
+
+
+def _sampler_settings(options: EvaluateOptions) -> list[config.Sample]:
+    """The samplers to measure: the one given, or with `settings` the changes to it that the file lists."""
+    if options.settings is None:
+        return [options.sample]
+    try:
+        changes = json.loads(options.settings.read_text())
+    except (OSError, ValueError) as error:
+        raise ReproError(f"--settings {options.settings} cannot be read: {error}") from error
+    if not isinstance(changes, list) or not changes or not all(isinstance(each, dict) for each in changes):
+        raise ReproError(
+            f"{options.settings} must hold a list of changes to the sampler, such as "
+            f'[{{"steps": 18}}, {{"sampler": "ancestral", "eta": 1}}]'
+        )
+    given = config.sample_json(options.sample)
+    return [config.sample_from_json({**given, **change}) for change in changes]
+
+
+def _told(sample: dict) -> str:
+    """What is said of a sampler: its settings that are not the default ones, and its steps."""
+    default = config.sample_json(config.Sample())
+    told = {key: value for key, value in sample.items() if value != default[key]}
+    return ", ".join(f"{key} {value}" for key, value in {"steps": sample["steps"], **told}.items())
 
 
 def render(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -37,7 +40,23 @@ class SeedNoise:
 
     def __call__(self) -> Float[Tensor, "n *shape"]:
         """The next draw of each seed."""
-        return torch.stack([torch.randn(self.shape, generator=g) for g in self.generators]).to(self.device)
+        noise = torch.empty(len(self.generators), *self.shape)
+
+        def draw(some: range) -> None:  # torch draws outside Python's lock, so threads do share the work
+            for i in some:
+                torch.randn(self.shape, generator=self.generators[i], out=noise[i])
+
+        everyone = range(len(self.generators))
+        list(_drawers().map(draw, (everyone[first::_DRAWERS] for first in range(_DRAWERS))))
+        return noise.to(self.device)
+
+
+_DRAWERS = min(8, os.cpu_count() or 1)
+
+
+@lru_cache
+def _drawers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_DRAWERS, "noise")
 
 
 def labels_for(seeds: Sequence[int], classes: int) -> Int[Tensor, " n"]:
