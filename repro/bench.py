@@ -2,15 +2,14 @@
 
     python -m repro.bench --out paper/bench/unet64.json
 
-Each variant is built and compiled in a process of its own, all at once; they are timed one after the
-other. FLOPs are those of the network as defined, however it is computed, counted by torch (2 per
-multiply-add, matrix products and convolutions only); a training step counts as 3 forward passes.
-Rates are medians over steps timed with CUDA events, on random data.
+All variants are compiled at once; then each is timed in a process of its own, one after the other, so
+that nothing disturbs how cuDNN chooses its plans. FLOPs are those of the network as defined, however it
+is computed, counted by torch (2 per multiply-add, matrix products and convolutions only); a training step
+counts as 3 forward passes. Rates are medians over steps timed with CUDA events, on random data.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
 import sys
@@ -48,6 +47,8 @@ class Variant:
     """Written plainly: `F.group_norm`, and maps that are joined and doubled before they are convolved."""
     batch: int = 256
     cuda_graphs: bool = False
+    plans: int = 10
+    """See `config.Train.cudnn_plans`."""
     forward: bool = True
     """Also time forward passes alone (which costs another compilation)."""
 
@@ -55,6 +56,7 @@ class Variant:
 VARIANTS = {
     "prototype, plain": Variant(PROTOTYPE, plain=True, batch=512, forward=False),
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
+    "prototype, all plans": Variant(PROTOTYPE, batch=512, cuda_graphs=True, plans=0, forward=False),
     "lab": Variant(_lab, cuda_graphs=True),
 }
 
@@ -62,10 +64,9 @@ VARIANTS = {
 class PlainGroupNorm(GroupNorm):
     """The same norm by `F.group_norm`, as a plain implementation has it, of maps that are joined first."""
 
-    def beside(self, *parts, silu=False):
+    def beside(self, *parts, offset=None, silu=False, copies=1):
         """See `GroupNorm`."""
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return self(x, silu=silu), (x,)
+        return self(*parts, offset=offset, silu=silu), parts * copies
 
     def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0):
         """See `GroupNorm`."""
@@ -88,7 +89,8 @@ class PlainResample(Resample):
         if self.factor == "down" or self.conv is None:
             return super().forward(x)
         n, c, h, w = x.shape
-        return self.conv(x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w))
+        doubled = x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)
+        return F.conv2d(doubled, self.conv.weight, padding=1)
 
 
 class PlainOutputConvolution(OutputConvolution):
@@ -178,17 +180,15 @@ def kernel_times(work, steps: int = 3) -> tuple[float, dict[str, float], list[tu
     return total / steps / 1000, shares, [(name[:120], round(spent / steps / 1000, 4)) for name, spent in top]
 
 
-def measure(name: str, folder: Path, others: int, all_plans: bool = False) -> dict:
-    """Compile one variant, wait until all `others` are compiled too and for its turn, and time it."""
+def measure(name: str, only_compile: bool = False) -> dict:
+    """Compile one variant, and time it; where it was compiled before, its kernels are found on the disk."""
     variant = VARIANTS[name]
     lab = presets.PRESETS["lab/celeba64-unet"]
     batch = variant.batch
-    run = replace(
-        lab, model=variant.model, train=replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs)
-    )
-    torch.backends.cudnn.benchmark = True
-    if all_plans:
-        torch.backends.cudnn.benchmark_limit = 0
+    settings = replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs, cudnn_plans=variant.plans)
+    run = replace(lab, model=variant.model, train=settings)
+    torch.backends.cudnn.benchmark = not only_compile
+    torch.backends.cudnn.benchmark_limit = variant.plans
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
     if variant.plain:
@@ -206,45 +206,42 @@ def measure(name: str, folder: Path, others: int, all_plans: bool = False) -> di
         with torch.autocast("cuda", torch.bfloat16):
             trainer.ema_denoiser(y, torch.tensor(1.0), None)
 
-    seconds_to_compile = {}
-    for kind, work in {"train": step, **({"forward": forward} if variant.forward else {})}.items():
-        began = time.perf_counter()
-        for _ in range(train.WARM_UP + 1):  # the last captures a graph
+    began = time.perf_counter()
+    for work in (step, forward) if variant.forward else (step,):
+        for _ in range(1 if only_compile else train.WARM_UP + 1):  # the last captures a graph
             work()
-        torch.cuda.synchronize()
-        seconds_to_compile[kind] = round(time.perf_counter() - began, 1)
+    torch.cuda.synchronize()
+    seconds_to_start = round(time.perf_counter() - began, 1)
+    if only_compile:
+        return {"name": name, "seconds": seconds_to_start}
     flops, computed = forward_flops(run), forward_flops(run, plain=False)
-    (folder / f"{name}.ready").touch()
-    while len(list(folder.glob("*.ready"))) < others:
-        time.sleep(0.2)
-    with open(folder / "turn", "w") as turn:
-        fcntl.flock(turn, fcntl.LOCK_EX)
-        matmul = matmul_rate()
-        seconds = median_seconds(step, 30, 10)
-        result = {
-            "name": name,
-            "parameters": sum(p.numel() for p in trainer.net.parameters()),
-            "forward_gflop_per_image": flops / 1e9,
-            "forward_gflop_computed": computed / 1e9,
-            "batch": batch,
-            "cuda_graphs": variant.cuda_graphs,
-            "matmul_tflops": matmul / 1e12,
-            "train_images_per_second": batch / seconds,
-            "train_tflops": 3 * flops * batch / seconds / 1e12,
-            "train_share_of_matmul": 3 * flops * batch / seconds / matmul,
-            "train_step_ms": seconds * 1000,
-            "compile_seconds": seconds_to_compile,
-            "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+    matmul = matmul_rate()
+    seconds = median_seconds(step, 30, 10)
+    result = {
+        "name": name,
+        "parameters": sum(p.numel() for p in trainer.net.parameters()),
+        "forward_gflop_per_image": flops / 1e9,
+        "forward_gflop_computed": computed / 1e9,
+        "batch": batch,
+        "cuda_graphs": variant.cuda_graphs,
+        "cudnn_plans": variant.plans,
+        "matmul_tflops": matmul / 1e12,
+        "train_images_per_second": batch / seconds,
+        "train_tflops": 3 * flops * batch / seconds / 1e12,
+        "train_share_of_matmul": 3 * flops * batch / seconds / matmul,
+        "train_step_ms": seconds * 1000,
+        "seconds_to_start": seconds_to_start,
+        "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+    if variant.forward:
+        seconds = median_seconds(forward, 30, 10)
+        result |= {
+            "forwards_per_second": batch / seconds,
+            "forward_tflops": flops * batch / seconds / 1e12,
+            "forward_share_of_matmul": flops * batch / seconds / matmul,
         }
-        if variant.forward:
-            seconds = median_seconds(forward, 30, 10)
-            result |= {
-                "forwards_per_second": batch / seconds,
-                "forward_tflops": flops * batch / seconds / 1e12,
-                "forward_share_of_matmul": flops * batch / seconds / matmul,
-            }
-        print(json.dumps(result), flush=True)
-        busy, shares, top = kernel_times(step)
+    print(json.dumps(result), flush=True)
+    busy, shares, top = kernel_times(step)
     return result | {
         "gpu_busy_ms": busy,
         "gpu_busy_shares": {kind: round(share, 4) for kind, share in shares.items()},
@@ -253,45 +250,40 @@ def measure(name: str, folder: Path, others: int, all_plans: bool = False) -> di
 
 
 def main(
-    out: Path,
-    variants: tuple[str, ...] = (),
-    all_plans: bool = False,
-    one: tuple[str, Path, int] | None = None,
+    out: Path, variants: tuple[str, ...] = (), one: str | None = None, only_compile: bool = False
 ) -> None:
     """Measure variants of the UNet at 64 x 64 and write a JSON file.
 
     Args:
-        out: File to write.
+        out: File to write, anew after each variant.
         variants: Names of `VARIANTS`; by default all.
-        all_plans: Let cuDNN try all its plans for each convolution, not its first ten (takes longer).
-        one: Used by the program itself for the process of one variant: its name, a folder, their number.
+        one: Used by the program itself for the process of one variant.
+        only_compile: Used by the program itself: leave the variant compiled on the disk.
     """
     if one:
-        files.write_json(out, measure(*one, all_plans))
+        files.write_json(out, measure(one, only_compile))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        names, workers, results = variants or tuple(VARIANTS), [], []
-        for name in names:
-            part = Path(folder) / f"{name}.json"
-            command = [sys.executable, "-m", "repro.bench", "--out", str(part), "--one", name, folder]
-            workers.append(
-                (name, part, subprocess.Popen([*command, str(len(names)), *["--all-plans"] * all_plans]))
-            )
-        while waiting := [worker for _, _, worker in workers if worker.poll() is None]:
-            for name, _, worker in workers:
-                if worker.poll():  # a failed one must not keep the others waiting
-                    (Path(folder) / f"{name}.ready").touch()
-            time.sleep(min(1.0, len(waiting)))
-        results = [json.loads(part.read_text()) for _, part, worker in workers if worker.returncode == 0]
+    names = variants or tuple(VARIANTS)
     about = {
         "device": evaluate.device_name("cuda"),
         "versions": train.versions(),
         "code": provenance.code_version("import repro.bench"),
         "commit": train.git_commit(),
     }
-    files.write_json(out, {**about, "all_plans": all_plans, "variants": results})
-    if len(results) < len(workers):
-        raise SystemExit(f"{len(workers) - len(results)} of {len(workers)} variants failed; see above")
+    results, failed = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "repro.bench", "--out", str(Path(folder) / "one.json"), "--one"]
+        differing = {replace(VARIANTS[name], plans=0): name for name in names}.values()
+        for compiling in [subprocess.Popen([*command, name, "--only-compile"]) for name in differing]:
+            compiling.wait()
+        for name in names:
+            if subprocess.run([*command, name]).returncode:
+                failed.append(name)
+                continue
+            results.append(json.loads((Path(folder) / "one.json").read_text()))
+            files.write_json(out, {**about, "variants": results})
+    if failed:
+        raise SystemExit(f"could not measure {', '.join(failed)}; see above")
 
 
 if __name__ == "__main__":

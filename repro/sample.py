@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
 import torch
@@ -36,27 +36,41 @@ class SeedNoise:
 
     def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: str | torch.device = "cpu"):
         self.generators = [_generator(int(seed)) for seed in seeds]
-        self.shape, self.device = shape, device
+        self.shape, self.device = shape, torch.device(device)
+        self.upcoming: Future | None = None
 
     def __call__(self) -> Float[Tensor, "n *shape"]:
-        """The next draw of each seed."""
-        noise = torch.empty(len(self.generators), *self.shape)
+        """The next draw of each seed. Meanwhile the one after it is drawn, on a GPU's own time."""
+        noise = self._draw() if self.upcoming is None else self.upcoming.result()
+        if self.device.type == "cuda":
+            self.upcoming = _ahead().submit(self._draw)
+        return noise.to(self.device, non_blocking=True)
+
+    def _draw(self) -> Float[Tensor, "n *shape"]:
+        on_gpu = self.device.type == "cuda"
+        noise = torch.empty(len(self.generators), *self.shape, pin_memory=on_gpu)
 
         def draw(some: range) -> None:  # torch draws outside Python's lock, so threads do share the work
             for i in some:
                 torch.randn(self.shape, generator=self.generators[i], out=noise[i])
 
         everyone = range(len(self.generators))
-        list(_drawers().map(draw, (everyone[first::_DRAWERS] for first in range(_DRAWERS))))
-        return noise.to(self.device)
+        list(_drawers().map(draw, (everyone[first::DRAWERS] for first in range(DRAWERS))))
+        return noise
 
 
-_DRAWERS = min(8, os.cpu_count() or 1)
+DRAWERS = min(8, os.cpu_count() or 1)
+"""Threads that draw noise."""
 
 
 @lru_cache
 def _drawers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_DRAWERS, "noise")
+    return ThreadPoolExecutor(DRAWERS, "noise")
+
+
+@lru_cache
+def _ahead() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "noise ahead")
 
 
 def labels_for(seeds: Sequence[int], classes: int) -> Int[Tensor, " n"]:

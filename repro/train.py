@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "train.log_every_images",
     "train.compile",
     "train.cuda_graphs",
+    "train.cudnn_plans",
     "note",
 )
 """Settings that a resumed run may have changed, besides everything under `evaluate` and `sample`."""
@@ -465,7 +466,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         if place.first:
             files.append_line(out / name, line)
 
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, run.train.cudnn_plans
     if run.train.batch % place.world:
         raise ReproError(f"a batch of {run.train.batch} cannot be shared by {place.world} processes")
     real = data.load(run.data.name)

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from repro.files import ReproError
 from repro.models import norm_kernels
 from repro.models.norm import GroupNorm
-from repro.models.unet import ResidualBlock
+from repro.models.unet import Map, ResidualBlock
 
 torch.set_default_device("cpu" if norm_kernels.INTERPRETED else "cuda")
 
@@ -114,6 +114,18 @@ def beside_alone():
     return errors(torch.autograd.grad((again**2).sum(), parts), [2 * parts[0].double()])
 
 
+def beside_twice():
+    """A single part, given for two uses."""
+    norm, results = of_norm(64), []
+    (x,), offset = maps(2, (64,), (6, 4)), draw(64, seed=51).float().requires_grad_()
+    for fused in (True, False):
+        norm.fused = fused
+        y, (one, two) = norm.beside(x, offset=offset, silu=True, copies=2)
+        loss = (y * draw(*y.shape, seed=50)).sum() + (one**2).sum() + (two**3).sum()
+        results.append([y, *torch.autograd.grad(loss, [x, offset, *norm.parameters()])])
+    return errors(results[0], [result.double() for result in results[1]])
+
+
 def read():
     """How many maps the kernels read, of each kind, in a compiled block's backward pass."""
     launch, seen = norm_kernels.normalise_grad, []
@@ -126,8 +138,9 @@ def read():
     norm_kernels.normalise_grad = watch
     block = ResidualBlock(64, 32, 16, 0.1, True).to(memory_format=torch.channels_last)
     parts = maps(2, (32, 32), (6, 4))
-    y = torch.compile(block, backend="aot_eager")(parts[0], torch.zeros(2, 16), parts[1])
-    y.sum().backward()
+    h, skip = (Map(part, torch.zeros(32)) for part in parts)
+    y, _ = torch.compile(block, backend="aot_eager")(h, torch.zeros(2, 16), skip)
+    y.whole().sum().backward()
     norm_kernels.normalise_grad = launch
     return seen
 
@@ -196,5 +209,8 @@ if __name__ == "__main__":
     found = {name: forward_and_gradients(**case) for name, case in CASES.items()}
     found["compiled"] = forward_and_gradients(compiled=True)
     found["bfloat16"] = forward_and_gradients(dtype=torch.bfloat16)
-    found |= {check.__name__: check() for check in (beside, beside_alone, read, refused, taken, dropout)}
+    found |= {
+        check.__name__: check()
+        for check in (beside, beside_alone, beside_twice, read, refused, taken, dropout)
+    }
     print(json.dumps(found))

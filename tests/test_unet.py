@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repro import config
 from repro.models.norm import GroupNorm
-from repro.models.unet import ADMUNet, Attention, OutputConvolution, Resample, ResidualBlock, sinusoids
+from repro.models.unet import ADMUNet, Attention, Map, OutputConvolution, Resample, ResidualBlock, sinusoids
 
 RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
 
@@ -294,13 +294,21 @@ def plain_unet(net, model, x, t, labels):
     return plain_conv(plain_silu(plain_norm(h, net.norm_out)), net.conv_out)
 
 
+def as_map(x, seed=9):
+    """A map that is `x`, as a part of it and an offset."""
+    offset = noise(x.shape[1], seed=seed)
+    return Map(x - offset[:, None, None], offset)
+
+
 @pytest.mark.parametrize("scale_shift", [True, False])
 @pytest.mark.parametrize("factor", [None, "up", "down"])
 @pytest.mark.parametrize("channels_out", [32, 64])
 def test_residual_block(scale_shift, factor, channels_out):
     block = scramble(ResidualBlock(32, channels_out, 16, 0.1, scale_shift, factor))
     x, emb = noise(3, 32, 6, 4), noise(3, 16, seed=3)
-    y = block(x, emb)
+    y, kept = block(as_map(x), emb, keep=True)
+    torch.testing.assert_close(kept.whole(), x, rtol=0, atol=1e-14)
+    y = y.whole()
     sides = {None: (6, 4), "up": (12, 8), "down": (3, 2)}[factor]
     assert y.shape == (3, channels_out, *sides)
     expected = plain_residual(block, x, emb, scale_shift, factor)
@@ -313,7 +321,7 @@ def test_attention(heads):
     x = noise(3, 64, 4, 5)
     expected = plain_attention(block, x, heads)
     assert (expected - x).abs().max() > 0.1
-    torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(block(as_map(x)).whole(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +394,8 @@ def test_dropout_comes_before_the_last_convolution():
     block = scramble(ResidualBlock(32, 32, 16, 1.0, True)).train()
     x = noise(3, 32, 4, 4)
     expected = x + block.conv_out.bias[:, None, None]
-    torch.testing.assert_close(block(x, noise(3, 16)), expected, rtol=0, atol=1e-14)
+    y, _ = block(as_map(x), noise(3, 16))
+    torch.testing.assert_close(y.whole(), expected, rtol=0, atol=1e-14)
 
 
 def test_classes_and_the_null_class():
@@ -425,8 +434,9 @@ def test_starts_at_zero_and_blocks_start_as_the_identity():
     net = ADMUNet(TINY, 8, 3, 5)
     assert (net(noise(3, 3, 8, 8).float(), TIMES, LABELS) == 0).all()
     x, emb = noise(3, 32, 4, 4).float(), noise(3, 16).float()
-    assert torch.equal(ResidualBlock(32, 32, 16, 0.0, True)(x, emb), x)
-    assert torch.equal(Attention(32, 2)(x), x)
+    h = Map(x, torch.zeros(32))
+    assert torch.equal(ResidualBlock(32, 32, 16, 0.0, True)(h, emb)[0].whole(), x)
+    assert torch.equal(Attention(32, 2)(h).whole(), x)
 
 
 def test_gradients_reach_the_output_at_the_start_and_every_parameter_after():

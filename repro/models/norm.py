@@ -62,14 +62,15 @@ class GroupNorm(nn.Module):
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         n, c = x.shape[:2]
         wide = x.double() if x.dtype == torch.float64 else x.float()
-        if offset is not None:
-            wide = wide + offset.to(wide.dtype).expand(n, c)[:, :, None, None]
         by_group = (n, self.groups, c // self.groups)
-        first = wide.mean((2, 3)).view(by_group).mean(2)  # n groups
-        second = wide.square().mean((2, 3)).view(by_group).mean(2)  # n groups
+        first, second = wide.mean((2, 3)), wide.square().mean((2, 3))  # n c
+        if offset is not None:
+            o = offset.to(wide.dtype).expand(n, c)
+            first, second = first + o, second + 2 * o * first + o.square()
+        first, second = first.view(by_group).mean(2), second.view(by_group).mean(2)  # n groups
         rstd = ((second - first.square()).clamp(min=0) + self.eps).rsqrt()
         a = _spread(rstd, c) * self.weight  # n c
-        b = self.bias - _spread(first, c) * a  # n c
+        b = self.bias - (_spread(first, c) if offset is None else _spread(first, c) - o) * a  # n c
         if scale is not None:
             a, b = a * (1 + scale.to(a.dtype)), b * (1 + scale.to(a.dtype))
         if shift is not None:
@@ -79,22 +80,28 @@ class GroupNorm(nn.Module):
         return F.dropout(y, dropout) if dropout else y
 
     def beside(
-        self, *parts: Float[Tensor, "n _ h w"], silu: bool = False
+        self,
+        *parts: Float[Tensor, "n _ h w"],
+        offset: Float[Tensor, "*n c"] | None = None,
+        silu: bool = False,
+        copies: int = 1,
     ) -> tuple[Float[Tensor, "n c h w"], tuple[Float[Tensor, "n _ h w"], ...]]:
         """The normalised map, and the parts for what runs beside it (a residual connection).
 
         The same as using the parts again, but their two gradients are then added where the norm's is
-        formed, which saves a pass over memory.
+        formed, which saves a pass over memory. copies: 2 gives a single part twice, for two uses.
         """
         if not self._can_fuse(parts):
-            return self(*parts, silu=silu), parts
-        y, *parts = self._fused(parts, None, None, None, silu, 0.0, beside=True)
+            return self(*parts, offset=offset, silu=silu), parts * copies
+        if copies > 1 and len(parts) > 1:
+            raise ReproError("only a single part can be given twice")
+        y, *parts = self._fused(parts, None, None, offset, silu, 0.0, copies)
         return y, tuple(parts)
 
     def _can_fuse(self, parts: tuple[Tensor, ...]) -> bool:
         return self.fused and norm_kernels is not None and norm_kernels.can_take(parts)
 
-    def _fused(self, parts, scale, shift, offset, silu, dropout, beside=False):
+    def _fused(self, parts, scale, shift, offset, silu, dropout, copies=0):
         n, c = len(parts[0]), len(self.weight)
         shapes = {(len(part), *part.shape[2:]) for part in parts}
         if len(shapes) > 1 or sum(part.shape[1] for part in parts) != c:  # kernels would write elsewhere
@@ -105,19 +112,19 @@ class GroupNorm(nn.Module):
         o = None if offset is None else offset.float().expand(n, c)
         seed = torch.randint(2**31 - 1, (1,), device=parts[0].device) if dropout else None
         first, second = parts if len(parts) == 2 else (parts[0], None)
-        how = (self.groups, self.eps, silu, dropout, beside)
+        how = (self.groups, self.eps, silu, dropout, copies)
         return _FusedGroupNorm.apply(first, second, self.weight, self.bias, k, t, o, seed, how)
 
 
 class _FusedGroupNorm(torch.autograd.Function):
     """dropout(silu(a * x + b)) by the kernels; the letters are those of `norm_kernels`.
 
-    With `beside`, also returns the parts (see `GroupNorm.beside`).
+    Also returns the parts, `copies` times (see `GroupNorm.beside`).
     """
 
     @staticmethod
     def forward(ctx, first, second, weight, bias, k, t, o, seed, how):
-        groups, eps, silu, dropout, beside = how
+        groups, eps, silu, dropout, copies = how
         y, stats = norm_kernels.normalise(
             first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout
         )
@@ -125,7 +132,7 @@ class _FusedGroupNorm(torch.autograd.Function):
         ctx.how, ctx.given = how, (t is not None, o is not None)
         # only where they are used: compiled, an unused output's gradient is a map full of zeros
         parts = [part for part in (first, second) if part is not None]
-        return (y, *[part.view_as(part) for part in parts]) if beside else y
+        return (y, *[part.view_as(part) for part in parts * copies]) if copies else y
 
     @staticmethod
     def backward(ctx, dy, *dbeside):
@@ -136,13 +143,15 @@ class _FusedGroupNorm(torch.autograd.Function):
         dfirst, dsecond, found = norm_kernels.normalise_grad(
             first, second, dy, beside_1, beside_2, seed, stats, groups, silu, dropout
         )
-        db, dxb, do = found[:, 0], found[:, 1], found[:, 2]  # n c
-        rstd, e = stats[:, 2], stats[:, 3]
-        du = (dxb - e * db) * rstd  # of weight * k
-        dweight, dbias = (du, db) if k is None else (du * k, db * k)
-        dk = None if k is None else du * weight + db * bias
+        db, du, do = found[:, 0], found[:, 1], found[:, 2]  # n c; u is weight * k
+        if k is None:
+            dbias, dweight = found[:, :2].sum(0)  # one kernel for both
+            dk = None
+        else:
+            dbias, dweight = (found[:, :2] * k[:, None]).sum(0)
+            dk = du * weight + db * bias
         return (
-            dfirst, None if second is None else dsecond, dweight.sum(0), dbias.sum(0),
+            dfirst, None if second is None else dsecond, dweight, dbias,
             dk, db if shifted else None, do if moved else None, None, None,
         )  # fmt: skip
 

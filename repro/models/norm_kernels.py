@@ -35,7 +35,7 @@ LAUNCHES = range(2 if INTERPRETED else 1)
 WARPS, REGISTERS = 8, 64
 """Of each program, and of each thread at most: so four programs run on a multiprocessor of any GPU."""
 
-FORWARD_TILE, BACKWARD_TILE = 16_384, 16_384
+FORWARD_TILE, BACKWARD_TILE = 16_384, 32_768
 """Elements of a program's tile: small enough that the tiles of all running programs stay in L2."""
 
 CHUNK = 2_048
@@ -347,7 +347,7 @@ def _grad_kernel(
     column, split = tl.program_id(0) % COLUMNS, tl.program_id(0) // COLUMNS
     if column * BLOCK_C < channels_1:
         _grad_program(
-            first_ptr, dy_ptr, beside_1_ptr, seed_ptr,
+            first_ptr, dy_ptr, beside_1_ptr, beside_2_ptr, seed_ptr,
             partial_ptr, counter_ptr, flag_ptr, stats_ptr, found_ptr, dfirst_ptr, threshold, scale,
             image, column, split, 0, channels_1,
             BESIDE, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
@@ -355,7 +355,7 @@ def _grad_kernel(
         )  # fmt: skip
     elif channels_1 < channels:
         _grad_program(
-            second_ptr, dy_ptr, beside_2_ptr, seed_ptr,
+            second_ptr, dy_ptr, beside_2_ptr, beside_2_ptr, seed_ptr,
             partial_ptr, counter_ptr, flag_ptr, stats_ptr, found_ptr, dsecond_ptr, threshold, scale,
             image, column, split, channels_1, channels - channels_1,
             BESIDE, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
@@ -378,7 +378,7 @@ def _dz(x, dy, a, b, seed, pixel, channel, all_channels, threshold, scale,
 
 @triton.jit
 def _grad_program(
-    x_ptr, dy_ptr, beside_ptr, seed_ptr, partial_ptr, counter_ptr, flag_ptr, stats_ptr, found_ptr,
+    x_ptr, dy_ptr, beside_ptr, again_ptr, seed_ptr, partial_ptr, counter_ptr, flag_ptr, stats_ptr, found_ptr,
     dx_ptr, threshold, scale, image, column, split, start: tl.constexpr, own_channels: tl.constexpr,
     BESIDE: tl.constexpr, SILU: tl.constexpr, DROPOUT: tl.constexpr, pixels: tl.constexpr,
     channels: tl.constexpr, groups: tl.constexpr, size: tl.constexpr, GROUPS: tl.constexpr,
@@ -389,7 +389,7 @@ def _grad_program(
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     from_pixel = split * (CHUNKS * BLOCK_P)
     own = image.to(tl.int64) * (pixels * own_channels) + (c - start)[None, :]
-    x_ptr, dx_ptr, beside_ptr = x_ptr + own, dx_ptr + own, beside_ptr + own
+    x_ptr, dx_ptr, beside_ptr, again_ptr = x_ptr + own, dx_ptr + own, beside_ptr + own, again_ptr + own
     dy_ptr += image.to(tl.int64) * (pixels * channels) + c[None, :]
     stats_ptr += image * 5 * channels
     found_ptr += image * 5 * channels
@@ -417,7 +417,7 @@ def _grad_program(
         by_mean = (tl.sum(db * every_a, 1) / size)[:, None]
         by_spread = rstd * rstd * (tl.sum((dxb - e * db) * every_a, 1) / size)[:, None]
         tl.store(found_ptr + every, db, mask=inside)
-        tl.store(found_ptr + channels + every, dxb, mask=inside)
+        tl.store(found_ptr + channels + every, (dxb - e * db) * rstd, mask=inside)
         do = every_a * db - by_mean - by_spread * (mean - e)
         tl.store(found_ptr + 2 * channels + every, do, mask=inside)
         tl.store(found_ptr + 3 * channels + every, (by_spread * e - by_mean) / pixels, mask=inside)
@@ -433,8 +433,10 @@ def _grad_program(
         dy = _read(dy_ptr + p[:, None] * channels, inside, WHOLE)
         dz = _dz(x, dy, a, b, seed, p, c, channels, threshold, scale, SILU, DROPOUT)
         dx = a * dz + constant + by_x * x
-        if BESIDE:
+        if BESIDE > 0:
             dx += _read(beside_ptr + p[:, None] * own_channels, inside, WHOLE)
+        if BESIDE > 1:
+            dx += _read(again_ptr + p[:, None] * own_channels, inside, WHOLE)
         _write(dx_ptr + p[:, None] * own_channels, dx, inside, WHOLE)
 
 
@@ -540,10 +542,10 @@ def normalise_grad(
     silu: bool,
     dropout: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the parts (plus what is beside them), and [n, 5, c]: sums of dz and dz * x, gradient of o
-    (and two coefficients of the gradient).
+    """Gradients of the parts (plus what is beside them), and [n, 5, c]: gradients of bias * k, weight * k and
+    o (and two coefficients of the gradient).
 
-    Without a second part its gradient is empty.
+    Without a second part its gradient is empty, and `beside_2` is added to the first's too.
     """
     parts = (first,) if second is None else (first, second)
     n, channels = len(first), dy.shape[1]
@@ -554,14 +556,14 @@ def normalise_grad(
     first, dy = _channels_last(first), _channels_last(dy)
     second = first if second is None else _channels_last(second)
     beside = [None if given is None else _channels_last(given) for given in (beside_1, beside_2)]
+    copies = 0 if beside_1 is None else 1 if beside_2 is None or len(parts) == 2 else 2
     with torch.cuda.device_of(first):
         for _ in LAUNCHES:
             _grad_kernel[share.splits * share.columns, n](
                 first, second, dy, *(first if given is None else given for given in beside),
                 stats if seed is None else seed, *scratch, stats, found, dfirst,
                 dsecond if len(parts) == 2 else dfirst, *_threshold(dropout),
-                BESIDE=beside_1 is not None, SILU=silu, DROPOUT=dropout > 0,
-                **_numbers(share, first, channels, groups),
+                BESIDE=copies, SILU=silu, DROPOUT=dropout > 0, **_numbers(share, first, channels, groups),
             )  # fmt: skip
     return dfirst, dsecond, found
 

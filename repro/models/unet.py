@@ -7,6 +7,7 @@ noisy classifier and the LDM UNet can be other wirings of the same blocks.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,21 @@ from torch import Tensor, nn
 from repro import config
 from repro.files import ReproError
 from repro.models.norm import GroupNorm
+
+
+class Map(NamedTuple):
+    """A feature map, x + offset.
+
+    Biases of the convolutions that made it stay apart, since all that they do can be done without passing
+    over the map once more: norms take an offset, and give its gradient, as they are.
+    """
+
+    x: Float[Tensor, "n c h w"]
+    offset: Float[Tensor, " c"]
+
+    def whole(self) -> Float[Tensor, "n c h w"]:
+        """The map as one tensor."""
+        return self.x + self.offset.to(self.x.dtype)[:, None, None]
 
 
 class Resample(nn.Module):
@@ -28,9 +44,9 @@ class Resample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1) if convolve else None
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h2 w2"]:
-        """Halve or double the side."""
+        """Halve or double the side; the convolution's bias is left to the caller."""
         if self.factor == "down":
-            return F.avg_pool2d(x, 2) if self.conv is None else self.conv(x)
+            return F.avg_pool2d(x, 2) if self.conv is None else F.conv2d(x, self.conv.weight, None, 2, 1)
         if self.conv is not None:
             # Doubled pixels see sums of neighbouring weights: one transposed convolution by 4 x 4
             # instead of 3 x 3 on four times the pixels, 4/9 of the arithmetic and no doubled map.
@@ -38,7 +54,7 @@ class Resample(nn.Module):
             kernel = kernel[:, :, 1:] + kernel[:, :, :-1]
             kernel = kernel[:, :, :, 1:] + kernel[:, :, :, :-1]
             kernel = kernel.contiguous(memory_format=torch.channels_last)
-            return F.conv_transpose2d(x, kernel, self.conv.bias, stride=2, padding=1)
+            return F.conv_transpose2d(x, kernel, stride=2, padding=1)
         n, c, h, w = x.shape
         # written as a broadcast, since compiled, the gradient of F.interpolate is a slow scatter; of
         # pixels, then channels, which is how they lie in memory
@@ -75,36 +91,41 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(
-        self,
-        x: Float[Tensor, "n c h w"],
-        emb: Float[Tensor, "n e"],
-        skip: Float[Tensor, "n s h w"] | None = None,
-    ) -> Float[Tensor, "n c2 h2 w2"]:
-        """The block's output for an embedding of time and class.
+        self, h: Map, emb: Float[Tensor, "n e"], skip: Map | None = None, keep: bool = False
+    ) -> tuple[Map, Map | None]:
+        """The block's output for an embedding of time and class; with `keep`, also its input for later use
+        (whose gradient is then added where the norm's is formed).
 
         skip: more channels of the input (the decoder's skip connection). Both stay apart, since joining
         them, and splitting the gradient, would cost a pass over memory each.
         """
-        parts = (x,) if skip is None else (x, skip)
-        h, parts = self.norm_in.beside(*parts, silu=True)
-        if self.resample is not None:
-            h, parts = self.resample(h), tuple(self.resample(part) for part in parts)
-        h = F.conv2d(h, self.conv_in.weight, padding=1)  # its bias goes into the norm
+        maps = (h,) if skip is None else (h, skip)
+        offset = torch.cat([map.offset for map in maps])
+        z, parts = self.norm_in.beside(
+            *[map.x for map in maps], offset=offset, silu=True, copies=2 if keep else 1
+        )
+        parts, kept = parts[: len(maps)], Map(parts[-1], h.offset) if keep else None
+        if self.resample is not None:  # which leaves an offset as it is
+            z, parts = self.resample(z), tuple(self.resample(part) for part in parts)
+        z = F.conv2d(z, self.conv_in.weight, padding=1)  # its bias goes into the norm
         bias, emb = self.conv_in.bias, self.emb(F.silu(emb))
         dropout = self.dropout if self.training else 0.0
         if self.scale_shift_norm:
             scale, shift = emb.chunk(2, dim=1)
-            h = self.norm_out(h, scale=scale, shift=shift, offset=bias, silu=True, dropout=dropout)
+            z = self.norm_out(z, scale=scale, shift=shift, offset=bias, silu=True, dropout=dropout)
         else:
-            h = self.norm_out(h, offset=bias + emb, silu=True, dropout=dropout)
-        return self._skipped(parts) + self.conv_out(h)
+            z = self.norm_out(z, offset=bias + emb, silu=True, dropout=dropout)
+        beside, offset = self._skipped(parts, offset)
+        out = beside + F.conv2d(z, self.conv_out.weight, padding=1)
+        return Map(out, offset + self.conv_out.bias), kept
 
-    def _skipped(self, parts: tuple[Tensor, ...]) -> Tensor:
+    def _skipped(self, parts: tuple[Tensor, ...], offset: Tensor) -> tuple[Tensor, Tensor]:
         if isinstance(self.skip, nn.Identity):
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), offset
         kernels = self.skip.weight.split([part.shape[1] for part in parts], dim=1)
-        out = F.conv2d(parts[0], kernels[0], self.skip.bias)
-        return out + F.conv2d(parts[1], kernels[1]) if len(parts) == 2 else out
+        out = F.conv2d(parts[0], kernels[0])
+        out = out + F.conv2d(parts[1], kernels[1]) if len(parts) == 2 else out
+        return out, (self.skip.weight * offset[:, None, None]).sum((1, 2, 3)) + self.skip.bias
 
 
 class Attention(nn.Module):
@@ -121,15 +142,16 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)  # heads, then q k v, then channels of a head
         self.proj = zeroed(nn.Linear(channels, channels))
 
-    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n c h w"]:
+    def forward(self, h: Map) -> Map:
         """Attend over all pixels."""
-        n, c, height, width = x.shape
-        tokens, (x,) = self.norm.beside(x)
+        n, c, height, width = h.x.shape
+        tokens, (x,) = self.norm.beside(h.x, offset=h.offset)
         tokens = tokens.permute(0, 2, 3, 1).reshape(n, height * width, c)  # n hw c
         qkv = self.qkv(tokens).view(n, height * width, self.heads, 3, c // self.heads)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # n heads hw c/heads
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
-        return x + self.proj(mixed).view(n, height, width, c).permute(0, 3, 1, 2)
+        mixed = F.linear(mixed, self.proj.weight).view(n, height, width, c).permute(0, 3, 1, 2)
+        return Map(x + mixed, h.offset + self.proj.bias)
 
 
 class ADMUNet(nn.Module):
@@ -213,16 +235,15 @@ class ADMUNet(nn.Module):
         """What the network predicts, in the precision of `x`."""
         emb = self.time_out(F.silu(self.time_in(sinusoids(t, self.channels).to(x.dtype))))  # n e
         emb = emb + self._embed(labels, len(x)) if self.classes or labels is not None else emb  # n e
-        h = self.conv_in(x)
-        skips = [h]
-        for step in self.encoder:
-            h = step(h, emb)
-            skips.append(h)
-        h = self.middle(h, emb)
+        h = Map(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias)
+        skips = []
+        for step in (*self.encoder, self.middle):
+            h, kept = step(h, emb, keep=True)
+            skips.append(kept)
         for step in self.decoder:
-            h = step(h, emb, skips.pop())
+            h, _ = step(h, emb, skips.pop())
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
-            return self.conv_out(self.norm_out(h, silu=True))  # n out h w
+            return self.conv_out(self.norm_out(h.x, offset=h.offset, silu=True))  # n out h w
 
     def _embed(self, labels: Int[Tensor, " n"] | None, n: int) -> Float[Tensor, "n e"]:
         if not self.classes:
@@ -241,16 +262,20 @@ class Step(nn.ModuleList):
         super().__init__(blocks)
 
     def forward(
-        self,
-        x: Float[Tensor, "n c h w"],
-        emb: Float[Tensor, "n e"],
-        skip: Float[Tensor, "n s h w"] | None = None,
-    ) -> Float[Tensor, "n c2 h2 w2"]:
-        """Pass `x` through the blocks in turn; `skip` goes to the first."""
-        for block in self:
-            x = block(x, emb, skip) if isinstance(block, ResidualBlock) else block(x)
-            skip = None
-        return x
+        self, h: Map, emb: Float[Tensor, "n e"], skip: Map | None = None, keep: bool = False
+    ) -> tuple[Map, Map | None]:
+        """Pass `h` through the blocks in turn; `skip` goes to the first. With `keep`, also `h` for later."""
+        kept = None
+        for place, block in enumerate(self):
+            if isinstance(block, ResidualBlock):
+                h, before = block(h, emb, skip, keep and place == 0)
+            elif isinstance(block, Resample):  # at a map's edge, no offset is like another
+                before = Map(h.whole(), torch.zeros_like(h.offset))
+                h = Map(block(before.x), block.conv.bias)
+            else:
+                h, before = block(h), None
+            kept, skip = before if place == 0 else kept, None
+        return h, kept
 
 
 class OutputConvolution(nn.Conv2d):
@@ -289,11 +314,10 @@ class _FewOutputs(torch.autograd.Function):
         pixels, kernel = ctx.saved_tensors
         n, c, height, width = ctx.shape
         outputs = ctx.weight_shape[0]
-        padded = F.pad(dout.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
-        dparts = [
-            padded[:, 2 - y : 2 - y + height, 2 - x : 2 - x + width] for y in range(3) for x in range(3)
-        ]
-        dparts = _pad_columns(torch.cat(dparts, dim=3).reshape(-1, 9 * outputs)).to(pixels.dtype)
+        padded = F.pad(dout.permute(0, 2, 3, 1).to(pixels.dtype), (0, 0, 1, 1, 1, 1))
+        # what reaches a pixel's part (y, x) is the output that lies (1 - y, 1 - x) beside it
+        dparts = padded.unfold(1, 3, 1).unfold(2, 3, 1).flip(4, 5).permute(0, 1, 2, 4, 5, 3)
+        dparts = _pad_columns(dparts.reshape(-1, 9 * outputs))
         dh = (dparts @ kernel.T).view(n, height, width, c).permute(0, 3, 1, 2)
         dkernel = _wide_product(pixels.T, dparts)[:, : 9 * outputs].view(c, 3, 3, outputs)
         return dh, dkernel.permute(3, 0, 1, 2), dout.sum((0, 2, 3))
