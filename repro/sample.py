@@ -73,6 +73,15 @@ def _ahead() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, "noise ahead")
 
 
+def _forget_threads() -> None:
+    """A forked process has none of its parent's threads."""
+    _drawers.cache_clear()
+    _ahead.cache_clear()
+
+
+os.register_at_fork(after_in_child=_forget_threads)
+
+
 def labels_for(seeds: Sequence[int], classes: int) -> Int[Tensor, " n"]:
     """A class for each seed, uniform in [0, classes), independent of the noise of the same seed."""
     generators = (_generator(int(seed), LABEL_SEEDS) for seed in seeds)
