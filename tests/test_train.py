@@ -94,6 +94,8 @@ def test_an_ended_run_is_not_trained_again_and_can_be_prolonged(home):
 SCRIPT = """
 import dataclasses, sys
 sys.path[:0] = [{tests!r}, {root!r}]
+import torch
+torch.set_num_threads(1)  # as conftest has it: how sums are split decides their last bits
 from test_train import RUN, UNET, change, train
 train.train(dataclasses.replace(change(RUN, {changes}), model={model}), {out!r}, "cpu", (1, 1))
 """
