@@ -56,7 +56,6 @@ class Variant:
 VARIANTS = {
     "prototype, plain": Variant(PROTOTYPE, plain=True, batch=512, forward=False),
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
-    "prototype, all plans": Variant(PROTOTYPE, batch=512, cuda_graphs=True, plans=0, forward=False),
     "lab": Variant(_lab, cuda_graphs=True),
 }
 

@@ -13,7 +13,7 @@ from repro.models.unet import ADMUNet
 
 FILES = [
     json.loads((Path(__file__).parents[1] / "paper" / "bench" / name).read_text())
-    for name in ("unet64-plain.json", "unet64.json")
+    for name in ("unet64.json", "unet64-lab.json")
 ]
 MEASURED = [variant for file in FILES for variant in file["variants"]]
 
