@@ -1,4 +1,4 @@
-"""Command line: prepare, train, sample, evaluate, render, presets.
+"""Command line: prepare, train, train-all, sample, evaluate, render, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -90,6 +91,31 @@ def train(name: str, arguments: list[str]) -> None:
         run = replace(run, name=f"{name.split('/')[0]}/{out.name}", note=f"After the preset {name}.")
     folder = run_training(run, out, options.device, minutes=options.minutes)
     if os.environ.get("RANK", "0") == "0":
+        print(f"recorded in {folder}")
+
+
+def train_all(
+    patterns: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    out: Path = Path("runs"),
+    device: Device = None,
+    minutes: float | None = None,
+) -> None:
+    """Train several presets one after the other; several processes on the same folder share them.
+
+    Args:
+        patterns: Names of presets, also with * and ?, such as "lab/imagenet64-x0-*".
+        out: Folder of the run folders. What is trained there, or is being trained, is left alone.
+        device: By default the GPU if there is one.
+        minutes: Stop after this many; by default when all are trained.
+    """
+    from repro.train import train_all as train_runs
+
+    chosen = [name for name in PRESETS if any(fnmatch(name, pattern) for pattern in patterns)]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in chosen):
+            preset(pattern)  # raises, with the near names
+    for folder in train_runs([PRESETS[name] for name in chosen], out, device, minutes):
         print(f"recorded in {folder}")
 
 
@@ -315,7 +341,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if command not in NAMED_FIRST:
             usages = {name: _usage(name) for name in NAMED_FIRST}
-            commands = {"prepare": prepare, **usages, "render": render, "presets": presets}
+            commands = {
+                "prepare": prepare,
+                **usages,
+                "train-all": train_all,
+                "render": render,
+                "presets": presets,
+            }
             tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=[command, *rest])
         elif rest and not rest[0].startswith("-"):
             NAMED_FIRST[command][0](rest[0], rest[1:])

@@ -84,7 +84,29 @@ class ViT:
     """One more class, the last, that means "no label"."""
 
 
-Model = Annotated[UNet | ViT, Field(discriminator="kind")]
+@dataclass(frozen=True, config=strict)
+class NoisyClassifier:
+    """ADM's noisy classifier: half a UNet with attention pooling. Its options are the UNet's."""
+
+    kind: Literal["classifier"] = "classifier"
+    channels: int = 128
+    multipliers: tuple[int, ...] = (1, 2, 3, 4)
+    blocks: int = 4
+    attention: tuple[int, ...] = (32, 16, 8)
+    head_channels: int | None = 64
+    heads: int | None = None
+    scale_shift_norm: bool = True
+    resample_in_blocks: bool = True
+    dropout: Share = 0.0
+
+    @model_validator(mode="after")
+    def _one_way_to_split_heads(self):
+        if (self.head_channels is None) == (self.heads is None):
+            raise ValueError("give exactly one of head_channels and heads")
+        return self
+
+
+Model = Annotated[UNet | ViT | NoisyClassifier, Field(discriminator="kind")]
 
 
 @dataclass(frozen=True, config=strict)
@@ -135,6 +157,10 @@ class Sample:
     """Classifier-free guidance scale; 1 is off and costs one network call."""
     guidance_interval: tuple[float, float] | None = None
     """Guide only where sigma lies in this closed interval."""
+    classifier: str | None = None
+    """Recorded run of a noisy classifier that guides too, such as lab/imagenet64-classifier."""
+    classifier_scale: Annotated[float, Field(ge=0)] = 0.0
+    """What its gradient is multiplied by; 0 is off."""
 
     @model_validator(mode="after")
     def _no_option_without_effect(self):
@@ -148,6 +174,8 @@ class Sample:
             raise ValueError(f"order and multistep are options of dpm_solver; {self.sampler} has none")
         if self.guidance_interval and self.guidance == 1:
             raise ValueError("guidance 1 is off: a guidance_interval has no effect on it")
+        if (self.classifier is None) != (self.classifier_scale == 0):
+            raise ValueError("classifier and classifier_scale are given together")
         if self.steps < 2:
             raise ValueError(f"a sampler needs at least 2 steps, not {self.steps}")
         return self
@@ -163,6 +191,10 @@ class Evaluate:
     features: Literal["efficientnet_lite0", "inception"] = "efficientnet_lite0"
     first_seed: int = 1_000_000
     """Sample seeds are first_seed, first_seed + 1, ...; the drawn grid uses 0, 1, ..."""
+    also: tuple[Sample, ...] = ()
+    """Other samplers measured at each evaluation, besides the run's own."""
+    levels: Count = 0
+    """Noise levels at which the last evaluation measures the error on the data set's val split; 0: none."""
 
     @model_validator(mode="after")
     def _enough_for_a_covariance(self):
@@ -195,7 +227,7 @@ class Train:
     cuda_graphs: bool = False
     """Replay the compiled step as CUDA graphs: worth it where launching kernels takes longer than they do."""
     cudnn_plans: Annotated[int, Field(ge=0)] = 10
-    """Plans that cuDNN tries for each convolution, the best guesses first; 0 tries all, which takes minutes."""
+    """Plans that cuDNN tries for each convolution, best guesses first; 0 tries all, which takes minutes."""
     state_every_images: int = 500_000
     """Images between two state files, from which a killed run resumes."""
     log_every_images: int = 25_600
@@ -229,7 +261,7 @@ class Config:
 
     @model_validator(mode="after")
     def _parts_fit_each_other(self):
-        if self.train.label_drop and not (self.data.classes and self.model.null_class):
+        if self.train.label_drop and not (self.data.classes and getattr(self.model, "null_class", False)):
             raise ValueError("train.label_drop needs data.classes and model.null_class")
         if self.model.kind == "vit" and self.schedule.name == "edm":
             raise ValueError("a vit's time table needs a schedule of counted steps, not edm")

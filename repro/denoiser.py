@@ -123,6 +123,10 @@ class Denoiser(nn.Module):
         self.schedule = schedule
         self.parameterization = parameterization
 
+    def with_net(self, net: nn.Module) -> Denoiser:
+        """The same with another network."""
+        return Denoiser(net, self.schedule, self.parameterization)
+
     def forward(
         self,
         x: Float[Tensor, "n c h w"],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from repro import config, data, files, provenance, sample, schedules
+from repro.classifier import Classifier
 from repro.denoiser import Denoiser
 from repro.files import ReproError
 
@@ -372,6 +373,7 @@ def evaluate(
         "steps": run.sample.steps,
         "evaluations": sample.evaluations(run.sample, levels),
         "guidance": run.sample.guidance,
+        "classifier": _classifier_used(run.sample),
         "sample": config.sample_json(run.sample),
         "precision": precision,
         "reference": known.describe(),
@@ -385,6 +387,111 @@ def evaluate(
         found = nearest_training_images(torch.cat(kept).to(device), network, run, fingerprint, device)
         lines.append({"name": "nearest training image", **found, **about})
     return lines
+
+
+def _classifier_used(how: config.Sample) -> dict | None:
+    """The classifier that guided, with the hashes of its weights."""
+    from repro import runs  # which needs more than evaluations do
+
+    if how.classifier is None:
+        return None
+    return {"run": how.classifier, "weights": runs.load_run(how.classifier).record.weights}
+
+
+# By noise level -----------------------------------------------------------------------------------
+
+
+def levels_of(schedule: schedules.DiscreteVP | schedules.EDM, count: int) -> Float[Tensor, " count"]:
+    """`count` noise levels that stand for equal shares of those trained, ascending, float64."""
+    return schedule.draw((torch.arange(count) + 0.5) / count).double()
+
+
+Measure = Callable[[Tensor, Tensor, Tensor, Tensor | None], dict[str, Tensor]]
+
+
+def denoising_error(denoiser: Denoiser) -> Measure:
+    """For `by_level`: mean((D - y)^2) over the pixels of each image, in [-1, 1]."""
+
+    def measure(y: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        D_x = denoiser(y + sigma.to(y.dtype) * noise, sigma, labels if _classes(denoiser.net) else None)
+        return {"errors": (D_x - y).square().mean((1, 2, 3))}
+
+    return measure
+
+
+def accuracy(classifier: Classifier) -> Measure:
+    """For `by_level`: whether the likeliest class is the right one, and -log p of that."""
+
+    def measure(y: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        log_p = classifier(y + sigma.to(y.dtype) * noise, sigma)
+        return {
+            "accuracies": (log_p.argmax(1) == labels).float(),
+            "losses": -log_p.gather(1, labels[:, None])[:, 0],
+        }
+
+    return measure
+
+
+def _classes(net: nn.Module) -> int:
+    return getattr(net, "_orig_mod", net).classes
+
+
+@torch.no_grad()
+def by_level(
+    model: Denoiser | Classifier,
+    run: config.Config,
+    images_seen: int,
+    device: str | torch.device,
+    precision: str,
+    count: int,
+    batch: int = 500,
+) -> dict:
+    """A line for metrics.jsonl: the error of a denoiser, or accuracy of a classifier, by noise level.
+
+    Means over all images of the run's val split, at `count` noise levels that stand for equal shares of
+    those trained. Image i has the same noise at every level and for every run, so that runs can be compared
+    image by image. Raises `ReproError` where the val split is not prepared.
+    """
+    began = time.perf_counter()
+    real = data.load(f"{run.data.name}-val")
+    sigmas = levels_of(model.schedule, count)
+    measure = (accuracy if run.model.kind == "classifier" else denoising_error)(model)
+    sums: dict[str, Tensor] = {}
+    for first in range(0, len(real.images), batch):
+        rows = np.arange(first, min(first + batch, len(real.images)))
+        padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows))])  # one shape for all
+        y = sample.from_uint8(torch.from_numpy(real.images[padded])).to(device)
+        labels = None if real.labels is None else torch.from_numpy(real.labels[padded]).to(device)
+        noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(LEVEL_SEED + first)).to(device)
+        for place, sigma in enumerate(sigmas):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+                found = measure(y, noise, sigma.to(device), labels)
+            for key, values in found.items():
+                total = sums.setdefault(key, torch.zeros(count, dtype=torch.float64, device=device))
+                total[place] += values[: len(rows)].double().sum()
+    means = {key: (total / len(real.images)).tolist() for key, total in sums.items()}
+    main = "accuracies" if "accuracies" in means else "errors"
+    return {
+        "name": {"accuracies": "accuracy", "errors": "denoising error"}[main] + " by noise level",
+        "value": float(np.mean(means[main])),
+        "images": images_seen,
+        "sigmas": sigmas.tolist(),
+        "timesteps": model.schedule.network_time(sigmas).tolist(),
+        **means,
+        "count": len(real.images),
+        "dataset": {"name": real.name, "fingerprint": real.manifest["fingerprint"]},
+        "precision": precision,
+        "device": device_name(device),
+        "code": provenance.code_version("import repro.train"),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+LEVEL_SEED = 2**30
+"""Of the first batch's noise in `by_level`."""
+
+
+# Copies -------------------------------------------------------------------------------------------
 
 
 QUANTILES = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95)

@@ -20,6 +20,10 @@ class ReproError(ValueError):
     """Something the user can mend; the message says what to do. Shown without a traceback."""
 
 
+class Busy(ReproError):
+    """Another process works in a folder."""
+
+
 def replace_atomic(path: str | Path, write: Callable[[str], object]) -> None:
     """Let `write(temporary_path)` make a file and put it in the place of `path`, whole or not at all.
 
@@ -119,7 +123,8 @@ def read_lines(path: str | Path) -> list[dict]:
 def lock(folder: str | Path) -> Iterator[None]:
     """Make `folder` where it is missing, and keep other processes from working in it meanwhile.
 
-    Raises `ReproError` where another process works in it, or where it cannot be written to.
+    Raises `Busy`, a `ReproError`, where another process works in it, and `ReproError` where it cannot be
+    written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -130,7 +135,7 @@ def lock(folder: str | Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ReproError(
+            raise Busy(
                 f"another process is working in {folder}; wait for it, or choose another folder"
             ) from error
         yield

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from repro.config import Config, Data, Evaluate, Sample, Train, UNet, Weight
+from repro.config import Config, Data, Evaluate, NoisyClassifier, Sample, Train, UNet, ViT, Weight
 from repro.files import ReproError
 
 _lab_celeba64_unet = Config(
@@ -66,7 +66,153 @@ _paper_celeba64_unet = replace(
     "learning rate and warm-up are those of U-ViT on CelebA (Bao et al. 2022).",
 )
 
-PRESETS: dict[str, Config] = {preset.name: preset for preset in (_lab_celeba64_unet, _paper_celeba64_unet)}
+# Figure 1 (supplement, section 4.1): targets and loss weights on ImageNet 64 x 64 -----------------------
+
+_imagenet64_subset = Data("imagenet64-subset", classes=20)
+
+_lab_imagenet64_classifier = Config(
+    name="lab/imagenet64-classifier",
+    data=_imagenet64_subset,
+    model=NoisyClassifier(channels=32, blocks=1, attention=(16, 8), head_channels=32, dropout=0.1),
+    train=Train(
+        images=2_000_000,
+        lr=1e-3,
+        weight_decay=0.05,
+        warmup_images=50_000,
+        ema_halflife_images=200_000,
+        ema_rampup=0.1,
+        cuda_graphs=True,
+    ),
+    evaluate=Evaluate(at=tuple(int(1e6 * m) for m in (0.125, 0.25, 0.5, 1, 2)), levels=25),
+    note="Guides the samples of Figure 1 at lab scale: ADM's noisy classifier, small, on 20 classes.",
+)
+
+_paper_imagenet64_classifier = replace(
+    _lab_imagenet64_classifier,
+    name="paper/imagenet64-classifier",
+    data=Data("imagenet64", classes=1000),
+    model=NoisyClassifier(),
+    train=Train(
+        images=256 * 300_000,
+        lr=3e-4,
+        weight_decay=0.05,
+        ema_halflife_images=887_000 * 2,  # a decay of 0.9999 a step
+        ema_rampup=None,
+        state_every_images=2_560_000,
+    ),
+    evaluate=Evaluate(at=tuple(256 * 50_000 * n for n in range(1, 7)), levels=25),
+    note="ADM's noisy classifier (Dhariwal and Nichol 2021, Table 10), but for its linearly falling learning "
+    "rate, and with averaged weights.",
+)
+
+ARMS: dict[str, tuple[str, Weight]] = {
+    "x0-constant": ("x0", Weight("constant")),
+    "x0-minsnr5": ("x0", Weight("min_snr", gamma=5.0)),
+    "eps-constant": ("eps", Weight("constant")),
+    "eps-minsnr5": ("eps", Weight("min_snr", gamma=5.0)),
+    "x0-snr": ("x0", Weight("snr")),
+    "x0-truncated": ("x0", Weight("truncated_snr")),
+    "eps-p2": ("eps", Weight("p2", gamma=1.0, k=1.0)),
+    "v-constant": ("v", Weight("constant")),
+    "v-minsnr5": ("v", Weight("min_snr", gamma=5.0)),
+    "x0-minsnr1": ("x0", Weight("min_snr", gamma=1.0)),
+    "x0-minsnr10": ("x0", Weight("min_snr", gamma=10.0)),
+    "x0-minsnr20": ("x0", Weight("min_snr", gamma=20.0)),
+}
+"""Target and loss weight of each arm of Figure 1; the first four are trained with three seeds."""
+
+SEEDED = tuple(ARMS)[:4]
+REPEATED = SEEDED[:2]
+"""Arms trained twice from the same seed: how far apart they end is the study's noise floor."""
+
+_lab_arm = Config(
+    name="lab/imagenet64-arm",
+    data=_imagenet64_subset,
+    model=ViT(width=192, depth=6, heads=3, null_class=False),
+    train=Train(
+        images=2_000_000,
+        lr=5e-4,
+        betas=(0.99, 0.99),
+        weight_decay=0.03,
+        warmup_images=50_000,
+        ema_halflife_images=500_000,
+        ema_rampup=0.1,
+        cuda_graphs=True,
+        state_every_images=2_000_000,
+    ),
+    sample=Sample("dpm_solver", order=2, multistep=True, steps=20),
+    evaluate=Evaluate(
+        at=tuple(round(2_000_000 / 2 ** (n / 2)) for n in range(7, -1, -1)),
+        also=(
+            Sample(
+                "dpm_solver",
+                order=2,
+                multistep=True,
+                steps=20,
+                classifier="lab/imagenet64-classifier",
+                classifier_scale=1.0,
+            ),
+        ),
+        levels=40,
+    ),
+)
+
+_paper_arm = replace(
+    _lab_arm,
+    name="paper/imagenet64-arm",
+    data=Data("imagenet64", classes=1000),
+    model=ViT(null_class=False),
+    train=Train(
+        images=512 * 800_000,
+        batch=512,
+        lr=1e-4,
+        betas=(0.99, 0.99),
+        weight_decay=0.03,
+        ema_halflife_images=887_000 * 4,  # a decay of 0.9999 a step
+        ema_rampup=None,
+        state_every_images=5_120_000,
+    ),
+    evaluate=Evaluate(
+        at=tuple(512 * 100_000 * n for n in range(1, 9)),
+        samples=50_000,
+        features="inception",
+        also=tuple(replace(how, classifier="paper/imagenet64-classifier") for how in _lab_arm.evaluate.also),
+    ),
+)
+
+
+def _arms() -> list[Config]:
+    """Every arm of Figure 1, in the order in which they are best trained: those with seeds first."""
+
+    def arm(base: Config, name: str, suffix: str = "", seed: int = 0) -> Config:
+        target, weight = ARMS[name]
+        note = f"Figure 1: {target}-prediction, {weight.name} weight"
+        note += f" (gamma {weight.gamma:g})" if weight.gamma else ""
+        return replace(
+            base,
+            name=f"{base.name.removesuffix('arm')}{name}{suffix}",
+            parameterization=target,
+            weight=weight,
+            train=replace(base.train, seed=seed),
+            note=f"{note}{', trained again from the same seed' if suffix == '-again' else ''}.",
+        )
+
+    lab = [arm(_lab_arm, name) for name in ARMS]
+    lab += [arm(_lab_arm, name, f"-seed{seed}", seed) for seed in (1, 2) for name in SEEDED]
+    lab += [arm(_lab_arm, name, "-again") for name in REPEATED]
+    return lab + [arm(_paper_arm, name) for name in ARMS]
+
+
+PRESETS: dict[str, Config] = {
+    preset.name: preset
+    for preset in (
+        _lab_celeba64_unet,
+        _paper_celeba64_unet,
+        _lab_imagenet64_classifier,
+        _paper_imagenet64_classifier,
+        *_arms(),
+    )
+}
 
 
 def preset(name: str) -> Config:

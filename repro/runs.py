@@ -28,9 +28,9 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from repro import config, denoiser, files, provenance, sample, schedules
+from repro import classifier, config, denoiser, files, provenance, sample, schedules
 from repro.files import ReproError
-from repro.models.unet import ADMUNet
+from repro.models.unet import ADMUNet, NoisyClassifier
 from repro.models.vit import ViT
 
 RECORDED = provenance.ROOT / "paper" / "runs"
@@ -167,7 +167,24 @@ class Run:
         return {name: tensor.float() for name, tensor in tensors.items()}
 
     def denoiser(self, device: str | torch.device = "cpu") -> denoiser.Denoiser:
-        """The recorded network as a denoiser in evaluation mode, float32, on `device`."""
+        """The recorded network as a denoiser in evaluation mode, float32, on `device`.
+
+        Raises `ReproError` where the run is one of a classifier, or its weights are not whole.
+        """
+        if self.config.model.kind == "classifier":
+            raise ReproError(f"{self.name} is a classifier: it draws no images. Name a run that does.")
+        return self._built(device)
+
+    def classifier(self, device: str | torch.device = "cpu") -> classifier.Classifier:
+        """The recorded noisy classifier in evaluation mode, float32, on `device`.
+
+        Raises `ReproError` where the run is not one of a classifier, or its weights are not whole.
+        """
+        if self.config.model.kind != "classifier":
+            raise ReproError(f"{self.name} is no classifier. Name the run of one.")
+        return self._built(device)
+
+    def _built(self, device: str | torch.device) -> denoiser.Denoiser | classifier.Classifier:
         built = build(self.config)
         try:
             built.net.load_state_dict(self.weights())
@@ -299,10 +316,12 @@ def write_record(path: Path, record: Record) -> None:
     files.write_json(path / "run.json", _record.dump_python(record, mode="json"))
 
 
-def build(run: config.Config) -> denoiser.Denoiser:
-    """The network that `run` describes, freshly initialised, as a denoiser."""
-    network = {"unet": ADMUNet, "vit": ViT}[run.model.kind]
+def build(run: config.Config) -> denoiser.Denoiser | classifier.Classifier:
+    """The network that `run` describes, freshly initialised, as a denoiser, or as a classifier."""
+    network = {"unet": ADMUNet, "vit": ViT, "classifier": NoisyClassifier}[run.model.kind]
     net = network(run.model, run.data.resolution, run.data.channels, run.data.classes)
+    if run.model.kind == "classifier":
+        return classifier.Classifier(net, schedules.from_config(run.schedule))
     return denoiser.Denoiser(
         net,
         schedules.from_config(run.schedule),

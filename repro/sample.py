@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from repro import config, guidance, samplers, schedules
+from repro import classifier, config, guidance, samplers, schedules
 from repro.denoiser import Denoiser
 from repro.files import ReproError
 
@@ -94,9 +94,24 @@ def guided(denoiser: Denoiser, sample: config.Sample) -> guidance.LabelledDenois
     net = getattr(denoiser.net, "_orig_mod", denoiser.net)
     null_label = net.classes if net.classes and net.null_class else None
     inside = guidance.cfg(denoiser, sample.guidance, null_label)
-    if sample.guidance_interval is None or sample.guidance == 1:
+    if sample.guidance_interval is not None and sample.guidance != 1:
+        inside = guidance.interval(inside, denoiser, *sample.guidance_interval)
+    if sample.classifier is None:
         return inside
-    return guidance.interval(inside, denoiser, *sample.guidance_interval)
+    device = next(denoiser.net.parameters()).device
+    compiled = hasattr(denoiser.net, "_orig_mod")
+    return guidance.classifier(
+        inside, _classifier(sample.classifier, device, compiled), sample.classifier_scale
+    )
+
+
+@lru_cache(maxsize=4)
+def _classifier(name: str, device: torch.device, compiled: bool) -> classifier.Classifier:
+    """A recorded classifier, compiled where the network that it guides is."""
+    from repro import runs  # which imports this module
+
+    found = runs.load_run(name).classifier(device)
+    return found.with_net(torch.compile(found.net, dynamic=False)) if compiled else found
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from repro import config, data, evaluate, files, provenance, runs, sample, weights
+from repro.classifier import Classifier
 from repro.denoiser import Denoiser
 from repro.files import ReproError
 
@@ -254,7 +255,9 @@ class Trainer:
             fused=on_gpu,
             capturable=on_gpu,
         )
-        self.weight = weights.from_config(run.weight, self.denoiser.parameterization, run.sigma_data)
+        self.weight = None
+        if run.model.kind != "classifier":
+            self.weight = weights.from_config(run.weight, self.denoiser.parameterization, run.sigma_data)
         self.step, self.seconds = 0, 0.0
         self.stopped = False
         """Whether the state is that of a time limit, and so to be measured."""
@@ -271,7 +274,7 @@ class Trainer:
             net = DistributedDataParallel(net, device_ids=device_ids)
         self.denoiser.net = net
         ema = torch.compile(self.ema, dynamic=False) if run.train.compile else self.ema
-        self.ema_denoiser = Denoiser(ema, self.denoiser.schedule, self.denoiser.parameterization)
+        self.ema_denoiser = self.denoiser.with_net(ema)
         self.ema_parameters = list(self.ema.parameters())
         self.parameters = list(self.net.parameters())
 
@@ -281,7 +284,12 @@ class Trainer:
         return self.step * self.run.train.batch
 
     def loss(
-        self, denoiser: Denoiser, y: Tensor, noise: Tensor, uniform: Tensor, labels: Tensor | None
+        self,
+        denoiser: Denoiser | Classifier,
+        y: Tensor,
+        noise: Tensor,
+        uniform: Tensor,
+        labels: Tensor | None,
     ) -> Float[Tensor, " n"]:
         """The weighted loss of each image at the noise levels that `uniform` draws."""
         sigma = denoiser.schedule.draw(uniform)
@@ -457,6 +465,41 @@ def train(
     return out
 
 
+def is_trained(run: config.Config, out: Path) -> bool:
+    """Whether `out` holds the record of `run`, trained to its end."""
+    if not (out / "run.json").exists():
+        return False
+    record = runs.read_record(out / "run.json")
+    return record.config == run and record.images >= run.train.images
+
+
+def train_all(
+    chosen: Iterable[config.Config], out: str | Path, device: str | None = None, minutes: float | None = None
+) -> list[Path]:
+    """Train runs one after the other, each into a folder of `out` that bears its name.
+
+    Runs that are trained, or that another process is training, are left out: start as many processes on
+    the same `out` as there are GPUs, and they share the runs. minutes: as in `train`, for all together.
+    Returns the folders of the runs that were trained. Raises `ReproError` under `torchrun`.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ReproError(
+            "several runs are shared out among processes of their own: start them without torchrun"
+        )
+    until = None if minutes is None else time.perf_counter() + 60 * minutes
+    done = []
+    for run in chosen:
+        left = None if until is None else (until - time.perf_counter()) / 60
+        folder = Path(out) / run.name.split("/")[1]
+        if (left is not None and left <= 0) or is_trained(run, folder):
+            continue
+        try:
+            done.append(train(run, folder, device, minutes=left))
+        except files.Busy:
+            continue
+    return done
+
+
 def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], until: float) -> None:
     def say(text: str) -> None:
         if place.first:
@@ -471,6 +514,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         raise ReproError(f"a batch of {run.train.batch} cannot be shared by {place.world} processes")
     real = data.load(run.data.name)
     check_data(run, real)
+    check_evaluations(run)
     trained_on, held_out = data.holdout_split(len(real.images), run.data.holdout)
     trainer = Trainer(run, place, data.verify(run.data.name))
     if (out / STATE).exists():
@@ -527,25 +571,24 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
     evaluations = {math.ceil(at / run.train.batch) for at in run.evaluate.at}
     if evaluations:  # what is recorded in the end is measured, wherever that is
         evaluations.add(total)
-    network = None
+    network, classifying = None, run.model.kind == "classifier"
 
     def report(measure: bool, last: bool) -> None:
         nonlocal network
         now = replace(record, images=trainer.images, seconds=round(trainer.seconds, 1))
-        if measure:
+        if measure and not classifying:
             network = network or evaluate.feature_network(run.evaluate.features, place.device)
-            lines = evaluate.evaluate(
-                trainer.ema_denoiser, run, trainer.fingerprint, trainer.images, place.device,
-                run.train.precision, evaluation_batch(run), last and len(held_out) > 0, network,
-            )  # fmt: skip
-            for line in lines + held_out_loss(trainer, real, trained_on, held_out):
+        if measure:
+            for line in measured(trainer, network, real, trained_on, held_out, last):
                 write("metrics.jsonl", line)
                 say(f"{trainer.images:>12,} images  {line['name']}: {line['value']:.4f}")
-        if place.first:
+        if place.first and classifying:
+            record_weights(out, now, trainer.ema)
+        elif place.first:
             record_run(out, now, trainer.ema, grid, place.device)
 
     recorded = runs.read_record(out / "run.json") if (out / "run.json").exists() else None
-    whole = recorded and recorded.images == trainer.images and recorded.samples
+    whole = recorded and recorded.images == trainer.images and (recorded.samples or classifying)
     measure, last = trainer.step in evaluations or trainer.stopped, trainer.step == total
     if (measure or last) and not whole:  # killed between the state and the record
         if measure and place.first:
@@ -632,11 +675,51 @@ def check_data(run: config.Config, real: data.Dataset) -> None:
         )
 
 
+def check_evaluations(run: config.Config) -> None:
+    """Raise `ReproError` where something that will be measured with is not there: better now than later."""
+    if run.evaluate.levels or run.model.kind == "classifier":
+        data.load(f"{run.data.name}-val")
+    for how in (run.sample, *run.evaluate.also):
+        if how.classifier:
+            runs.load_run(how.classifier).classifier()
+
+
 def keep_until(path: Path, images: int) -> None:
     """Drop the lines of a log that were written after `images` images."""
     if path.exists():
         kept = [line for line in files.read_lines(path) if line["images"] <= images]
         files.write_atomic(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def measured(
+    trainer: Trainer,
+    network: nn.Module | None,
+    real: data.Dataset,
+    trained_on: np.ndarray,
+    held_out: np.ndarray,
+    last: bool,
+) -> Iterator[dict]:
+    """What is measured of the averaged weights: lines for metrics.jsonl.
+
+    Of a denoiser the distance, by each sampler; at the last measurement also copies and errors by noise
+    level. Of a classifier the accuracy by noise level. network: of the distance's features.
+    """
+    run, device, precision = trainer.run, trainer.place.device, trainer.run.train.precision
+
+    def by_level(count: int) -> dict:
+        return evaluate.by_level(trainer.ema_denoiser, run, trainer.images, device, precision, count)
+
+    if run.model.kind == "classifier":
+        yield by_level(run.evaluate.levels or 25)
+    else:
+        for how in (run.sample, *run.evaluate.also):
+            yield from evaluate.evaluate(
+                trainer.ema_denoiser, replace(run, sample=how), trainer.fingerprint, trainer.images, device,
+                precision, evaluation_batch(run), last and how == run.sample and len(held_out) > 0, network,
+            )  # fmt: skip
+        if last and run.evaluate.levels:
+            yield by_level(run.evaluate.levels)
+    yield from held_out_loss(trainer, real, trained_on, held_out)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """The UNet of ADM (Dhariwal and Nichol 2021, section 3; class `UNetModel` of openai/guided-diffusion).
 
-`ResidualBlock`, `Attention` and `Resample` are the blocks; `ADMUNet` wires them. The
-noisy classifier and the LDM UNet can be other wirings of the same blocks.
+`ResidualBlock`, `Attention` and `Resample` are the blocks; `ADMUNet` and `NoisyClassifier` wire them. The
+LDM UNet can be another wiring of the same blocks.
 """
 
 from __future__ import annotations
@@ -154,7 +154,83 @@ class Attention(nn.Module):
         return Map(x + mixed, h.offset + self.proj.bias)
 
 
-class ADMUNet(nn.Module):
+class Encoder(nn.Module):
+    """What the UNet and the noisy classifier share: time, the way down, and the middle."""
+
+    def __init__(self, config: config.UNet | config.NoisyClassifier, resolution: int, in_channels: int):
+        super().__init__()
+        levels = len(config.multipliers)
+        if resolution % 2 ** (levels - 1):
+            raise ReproError(f"a side of {resolution} pixels cannot be halved {levels - 1} times")
+        sides = [resolution >> level for level in range(levels)]
+        if missing := sorted(set(config.attention) - set(sides)):
+            raise ReproError(
+                f"no feature map has the side {missing} asked for in attention; there are {sides}"
+            )
+        self.config, self.channels, self.emb_width = config, config.channels, 4 * config.channels
+        self.sides = sides
+        self.widths = [config.channels * multiplier for multiplier in config.multipliers]
+        self.time_in = nn.Linear(config.channels, self.emb_width)
+        self.time_out = nn.Linear(self.emb_width, self.emb_width)
+        channels = self.widths[0]
+        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.skip_widths = [channels]
+        self.encoder = nn.ModuleList()
+        for level, (side, width) in enumerate(zip(sides, self.widths, strict=True)):
+            for _ in range(config.blocks):
+                self.encoder.append(Step(self.residual(channels, width)))
+                channels = width
+                if side in config.attention:
+                    self.encoder[-1].append(self.attention(channels))
+                self.skip_widths.append(channels)
+            if level < levels - 1:
+                self.encoder.append(Step(self.resampling(channels, "down")))
+                self.skip_widths.append(channels)
+        self.middle = Step(
+            self.residual(channels, channels), self.attention(channels), self.residual(channels, channels)
+        )
+
+    def residual(self, channels_in: int, channels_out: int, resample: str | None = None) -> ResidualBlock:
+        """A residual block as configured."""
+        how = self.config
+        return ResidualBlock(
+            channels_in, channels_out, self.emb_width, how.dropout, how.scale_shift_norm, resample
+        )
+
+    def resampling(self, channels: int, factor: str) -> nn.Module:
+        """What halves or doubles the side, as configured."""
+        if self.config.resample_in_blocks:
+            return self.residual(channels, channels, factor)
+        return Resample(channels, factor, convolve=True)
+
+    def attention(self, channels: int) -> Attention:
+        """Self-attention with as many heads as configured."""
+        return Attention(channels, heads_for(self.config, channels))
+
+    def embed_time(self, t: Float[Tensor, " n"], dtype: torch.dtype) -> Float[Tensor, "n e"]:
+        """The embedding of the time."""
+        return self.time_out(F.silu(self.time_in(sinusoids(t, self.channels).to(dtype))))
+
+    def encode(
+        self, x: Float[Tensor, "n c h w"], emb: Float[Tensor, "n e"], keep: bool
+    ) -> tuple[Map, list[Map | None]]:
+        """The middle's output; with `keep`, also the maps on the way down, for the way up."""
+        h = Map(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias)
+        skips = []
+        for step in (*self.encoder, self.middle):
+            h, kept = step(h, emb, keep=keep)
+            skips.append(kept)
+        return h, skips
+
+
+def heads_for(config: config.UNet | config.NoisyClassifier, channels: int) -> int:
+    """Attention heads for a map of `channels`; raises `ReproError` where they do not divide it."""
+    if config.head_channels and channels % config.head_channels:
+        raise ReproError(f"{channels} channels do not divide into heads of {config.head_channels}")
+    return config.heads or channels // config.head_channels
+
+
+class ADMUNet(Encoder):
     """The UNet that `config` describes: net(x, t, labels) -> [n, out_channels, h, w].
 
     x: [n, in_channels, resolution, resolution]. t: [n] float32, embedded by sines and cosines.
@@ -170,62 +246,19 @@ class ADMUNet(nn.Module):
         classes: int = 0,
         out_channels: int | None = None,
     ):
-        super().__init__()
-        levels = len(config.multipliers)
-        if resolution % 2 ** (levels - 1):
-            raise ReproError(f"a side of {resolution} pixels cannot be halved {levels - 1} times")
-        sides = [resolution >> level for level in range(levels)]
-        if missing := sorted(set(config.attention) - set(sides)):
-            raise ReproError(
-                f"no feature map has the side {missing} asked for in attention; there are {sides}"
-            )
-        self.channels, self.classes, self.null_class = config.channels, classes, config.null_class
-        widths = [config.channels * multiplier for multiplier in config.multipliers]
-        emb_width = 4 * config.channels
-        self.time_in = nn.Linear(config.channels, emb_width)
-        self.time_out = nn.Linear(emb_width, emb_width)
-        self.label_table = nn.Embedding(classes + config.null_class, emb_width) if classes else None
-
-        def residual(channels_in: int, channels_out: int, resample: str | None = None) -> ResidualBlock:
-            return ResidualBlock(
-                channels_in, channels_out, emb_width, config.dropout, config.scale_shift_norm, resample
-            )
-
-        def resampling(channels: int, factor: str) -> nn.Module:
-            if config.resample_in_blocks:
-                return residual(channels, channels, factor)
-            return Resample(channels, factor, convolve=True)
-
-        def attention(channels: int) -> Attention:
-            heads = config.heads or channels // config.head_channels
-            if config.head_channels and channels % config.head_channels:
-                raise ReproError(f"{channels} channels do not divide into heads of {config.head_channels}")
-            return Attention(channels, heads)
-
-        channels = widths[0]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
-        skips = [channels]
-        self.encoder = nn.ModuleList()
-        for level, (side, width) in enumerate(zip(sides, widths, strict=True)):
-            for _ in range(config.blocks):
-                self.encoder.append(Step(residual(channels, width)))
-                channels = width
-                if side in config.attention:
-                    self.encoder[-1].append(attention(channels))
-                skips.append(channels)
-            if level < levels - 1:
-                self.encoder.append(Step(resampling(channels, "down")))
-                skips.append(channels)
-        self.middle = Step(residual(channels, channels), attention(channels), residual(channels, channels))
+        super().__init__(config, resolution, in_channels)
+        self.classes, self.null_class = classes, config.null_class
+        self.label_table = nn.Embedding(classes + config.null_class, self.emb_width) if classes else None
         self.decoder = nn.ModuleList()
-        for level in reversed(range(levels)):
+        channels, skips = self.widths[-1], list(self.skip_widths)
+        for level in reversed(range(len(self.widths))):
             for block in range(config.blocks + 1):
-                self.decoder.append(Step(residual(channels + skips.pop(), widths[level])))
-                channels = widths[level]
-                if sides[level] in config.attention:
-                    self.decoder[-1].append(attention(channels))
+                self.decoder.append(Step(self.residual(channels + skips.pop(), self.widths[level])))
+                channels = self.widths[level]
+                if self.sides[level] in config.attention:
+                    self.decoder[-1].append(self.attention(channels))
                 if level > 0 and block == config.blocks:
-                    self.decoder[-1].append(resampling(channels, "up"))
+                    self.decoder[-1].append(self.resampling(channels, "up"))
         self.norm_out = GroupNorm(channels)
         self.conv_out = zeroed(OutputConvolution(channels, out_channels or in_channels, 3, padding=1))
 
@@ -233,13 +266,9 @@ class ADMUNet(nn.Module):
         self, x: Float[Tensor, "n c h w"], t: Float[Tensor, " n"], labels: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n out h w"]:
         """What the network predicts, in the precision of `x`."""
-        emb = self.time_out(F.silu(self.time_in(sinusoids(t, self.channels).to(x.dtype))))  # n e
+        emb = self.embed_time(t, x.dtype)
         emb = emb + self._embed(labels, len(x)) if self.classes or labels is not None else emb  # n e
-        h = Map(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias)
-        skips = []
-        for step in (*self.encoder, self.middle):
-            h, kept = step(h, emb, keep=True)
-            skips.append(kept)
+        h, skips = self.encode(x, emb, keep=True)
         for step in self.decoder:
             h, _ = step(h, emb, skips.pop())
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
@@ -253,6 +282,47 @@ class ADMUNet(nn.Module):
                 raise ReproError("this network has no null class: it needs labels")
             labels = torch.full((n,), self.classes, device=self.label_table.weight.device)
         return self.label_table(labels)
+
+
+class NoisyClassifier(Encoder):
+    """ADM's noisy classifier (class `EncoderUNetModel`): net(x, t) -> logits [n, classes], float32.
+
+    Half a UNet: the way down and the middle, then attention pooling. x: [n, in_channels, resolution,
+    resolution], scaled as for the UNet. t: [n] float32. Raises `ReproError` for sizes that do not fit.
+    """
+
+    def __init__(self, config: config.NoisyClassifier, resolution: int, in_channels: int, classes: int):
+        super().__init__(config, resolution, in_channels)
+        if not classes:
+            raise ReproError("a classifier needs data with classes (data.classes)")
+        self.norm_out = GroupNorm(self.widths[-1])
+        self.pool = AttentionPool(self.widths[-1], self.sides[-1], config, classes)
+
+    def forward(self, x: Float[Tensor, "n c h w"], t: Float[Tensor, " n"]) -> Float[Tensor, "n classes"]:
+        """Logits of the classes."""
+        h, _ = self.encode(x, self.embed_time(t, x.dtype), keep=False)
+        return self.pool(self.norm_out(h.x, offset=h.offset, silu=True)).float()
+
+
+class AttentionPool(nn.Module):
+    """The mean of all pixels attends over the pixels and itself (Radford et al. 2021, as in ADM)."""
+
+    def __init__(self, channels: int, side: int, config: config.NoisyClassifier, classes: int):
+        super().__init__()
+        self.heads = heads_for(config, channels)
+        self.position = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)  # the mean's first
+        self.qkv = nn.Linear(channels, 3 * channels)  # q k v, then heads, then channels of a head
+        self.proj = nn.Linear(channels, classes)
+
+    def forward(self, h: Float[Tensor, "n c s s"]) -> Float[Tensor, "n classes"]:
+        """The mean's token after attention, projected."""
+        n, c = h.shape[:2]
+        tokens = h.flatten(2)  # n c hw
+        tokens = torch.cat([tokens.mean(2, keepdim=True), tokens], dim=2) + self.position.to(h.dtype)
+        qkv = self.qkv(tokens.transpose(1, 2)).view(n, -1, 3, self.heads, c // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # n heads hw+1 c/heads
+        mean = F.scaled_dot_product_attention(q[:, :, :1], k, v)  # only the mean's token is asked for
+        return self.proj(mean.transpose(1, 2).reshape(n, c))
 
 
 class Step(nn.ModuleList):
