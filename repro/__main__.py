@@ -295,8 +295,9 @@ def presets() -> None:
     """List the runs that can be trained."""
     for name, run in PRESETS.items():
         weight = run.weight.name + (f" {run.weight.gamma:g}" if run.weight.gamma else "")
-        print(f"{name}\n    {run.data.name}, {run.model.kind}, {run.parameterization}, {weight}, "
-              f"{run.train.images / 1e6:g}M images. {run.note}")  # fmt: skip
+        learns = "" if run.model.kind == "classifier" else f", {run.parameterization}, {weight}"
+        about = f"{run.data.name}, {run.model.kind}{learns}, {run.train.images / 1e6:g}M images"
+        print(f"{name}\n    {about}. {run.note}")
 
 
 NAMED_FIRST: dict[str, tuple[Callable[[str, list[str]], None], str]] = {

@@ -454,6 +454,7 @@ def by_level(
     """
     began = time.perf_counter()
     real = data.load(f"{run.data.name}-val")
+    batch = min(batch, len(real.images))
     sigmas = levels_of(model.schedule, count)
     measure = (accuracy if run.model.kind == "classifier" else denoising_error)(model)
     sums: dict[str, Tensor] = {}

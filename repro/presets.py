@@ -218,8 +218,7 @@ PRESETS: dict[str, Config] = {
 def preset(name: str) -> Config:
     """The preset `<profile>/<run>`; raises `ReproError` listing the near names for any other."""
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.3) or list(PRESETS)
-        raise ReproError(
-            f"there is no preset {name!r}. Near ones: {', '.join(near)}. All: python -m repro presets"
-        )
+        near = difflib.get_close_matches(name, PRESETS, n=3, cutoff=0.6)
+        hint = f"Near ones: {', '.join(near)}. " if near else ""
+        raise ReproError(f"there is no preset {name!r}. {hint}All: python -m repro presets")
     return PRESETS[name]

@@ -316,10 +316,12 @@ def write_record(path: Path, record: Record) -> None:
     files.write_json(path / "run.json", _record.dump_python(record, mode="json"))
 
 
+NETWORKS = {"unet": ADMUNet, "vit": ViT, "classifier": NoisyClassifier}
+
+
 def build(run: config.Config) -> denoiser.Denoiser | classifier.Classifier:
     """The network that `run` describes, freshly initialised, as a denoiser, or as a classifier."""
-    network = {"unet": ADMUNet, "vit": ViT, "classifier": NoisyClassifier}[run.model.kind]
-    net = network(run.model, run.data.resolution, run.data.channels, run.data.classes)
+    net = NETWORKS[run.model.kind](run.model, run.data.resolution, run.data.channels, run.data.classes)
     if run.model.kind == "classifier":
         return classifier.Classifier(net, schedules.from_config(run.schedule))
     return denoiser.Denoiser(

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from repro import config, presets, runs
+from repro import config, denoiser, presets, runs, weights
 from repro.config import Config, Data, Sample, Schedule, Train, UNet, ViT
 from repro.files import ReproError
 
@@ -16,7 +16,9 @@ def test_presets_survive_json_and_build(name):
     assert run.name == name
     assert config.from_json(config.to_json(run)) == run
     with torch.device("meta"):
-        net = runs.ADMUNet(run.model, run.data.resolution, run.data.channels, run.data.classes)
+        net = runs.NETWORKS[run.model.kind](
+            run.model, run.data.resolution, run.data.channels, run.data.classes
+        )
     assert sum(p.numel() for p in net.parameters()) > 1e6
 
 
@@ -94,3 +96,45 @@ def test_differences_are_named():
 def test_a_sampler_has_one_way_to_be_said():
     assert Sample(sampler="dpm_solver") == Sample(sampler="dpm_solver", order=2)
     assert config.sample_from_json(config.sample_json(Sample(sampler="dpm_solver"))).order == 2
+
+
+# The arms of Figure 1
+
+
+@pytest.mark.parametrize("profile", ["lab", "paper"])
+def test_the_arms_of_figure_1_differ_in_target_weight_and_seed_alone(profile):
+    arms = [run for name, run in presets.PRESETS.items() if name.startswith(f"{profile}/imagenet64-")]
+    arms = [run for run in arms if run.model.kind == "vit"]
+    seeds = {f"{name}-seed{seed}" for seed in (1, 2) for name in presets.SEEDED}
+    more = seeds | {f"{name}-again" for name in presets.REPEATED} if profile == "lab" else set()
+    assert {run.name.removeprefix(f"{profile}/imagenet64-") for run in arms} == {*presets.ARMS, *more}
+    for run in arms:
+        allowed = {
+            "name",
+            "note",
+            "parameterization",
+            "weight.name",
+            "weight.gamma",
+            "weight.k",
+            "train.seed",
+        }
+        assert set(runs.differences(arms[0], run)) <= allowed
+        assert (
+            len(run.evaluate.at) >= 8
+            and run.evaluate.also[0].classifier == f"{profile}/imagenet64-classifier"
+        )
+        weights.from_config(run.weight, denoiser.parameterization(run.parameterization))
+
+
+def test_arms_that_are_trained_again_are_told_apart_by_their_names_alone():
+    for name in presets.REPEATED:
+        once, again = (presets.preset(f"lab/imagenet64-{name}{end}") for end in ("", "-again"))
+        assert runs.differences(once, again) == ["name", "note"]
+
+
+def test_the_lab_arms_see_two_million_images_and_take_six_megabytes():
+    run = presets.preset("lab/imagenet64-x0-minsnr5")
+    assert run.train.images >= 2_000_000
+    parameters = sum(p.numel() for p in runs.build(run).net.parameters())
+    assert 2 * parameters < 6e6  # float16
+    assert (run.model.patch, run.evaluate.at[-1]) == (4, run.train.images)

@@ -209,9 +209,10 @@ def test_help_of_a_preset_and_of_a_run_has_their_own_defaults(capsys, trained):
 def test_presets_lists_all(capsys):
     text = helped(capsys, "presets")
     assert [line for line in text.splitlines() if not line.startswith(" ")] == list(PRESETS)
-    for preset in PRESETS.values():
-        assert f"{preset.data.name}, unet, eps, min_snr 5, {preset.train.images / 1e6:g}M images" in text
-        assert preset.note in text
+    assert all(preset.note in text for preset in PRESETS.values())
+    assert "celeba64, unet, eps, min_snr 5, 12M images" in text
+    assert "imagenet64-subset, vit, x0, truncated_snr, 2M images" in text
+    assert "imagenet64, classifier, 76.8M images" in text  # which has no target and no loss weight
 
 
 def test_render_lists_the_outputs(capsys):
@@ -228,6 +229,11 @@ def test_an_unknown_preset_is_one_line_in_a_process_of_its_own(home):
         "error: there is no preset 'lab/celeba64-unte'. Near ones: lab/celeba64-unet, paper/celeba64-unet. "
         "All: python -m repro presets\n"
     )
+
+
+def test_a_pattern_that_fits_no_preset_is_named(capsys):
+    message = refused(capsys, "train-all", "lab/imagenet64-x0-*", "lab/celeba46-*")
+    assert "no preset 'lab/celeba46-*'" in message
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate"])
@@ -265,7 +271,7 @@ def test_a_misspelt_option_names_the_near_ones(capsys, trained):
     assert "Perhaps you meant: --train.images INT" in text
     assert "Perhaps you meant: --neighbours" in exits(capsys, "evaluate", NAME, "--neighbors")
     assert "Unrecognized options: trian" in exits(capsys, "trian", NAME)
-    assert "prepare, train, sample, evaluate, render, presets" in exits(capsys, "trian", NAME)
+    assert "prepare, train, sample, evaluate, train-all, render, presets" in exits(capsys, "trian", NAME)
 
 
 def test_bad_values_are_named(capsys):
