@@ -1,0 +1,124 @@
+"""Speed-ups and their intervals: on curves whose answer is known, and by how often intervals hold."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from repro import compare
+from repro.files import ReproError
+
+IMAGES = [2.0 ** (n / 2) * 1e5 for n in range(8)]
+
+
+def power(scale: float, exponent: float = -0.7):
+    """A curve that is a line in log-log; every distance is reached `scale` times later than with scale 1."""
+    return IMAGES, [30 * (images / 1e5 / scale) ** exponent for images in IMAGES]
+
+
+@given(
+    scale=st.floats(0.5, 2), exponent=st.floats(-2, -0.1), where=st.floats(1.01, 11)
+)  # in units of 1e5 images
+def test_the_images_to_reach_a_distance_are_exact_on_lines_in_log_log(scale, exponent, where):
+    target = 30 * (where / scale) ** exponent
+    assert compare.images_to_reach(power(scale, exponent), target) == pytest.approx(where * 1e5, rel=1e-9)
+
+
+def test_a_distance_that_is_never_or_always_reached_is_told_apart():
+    curve = power(1)
+    assert compare.images_to_reach(curve, min(curve[1]) * 0.99) == math.inf
+    assert math.isnan(compare.images_to_reach(curve, max(curve[1]) * 1.01))
+    assert compare.images_to_reach(curve, max(curve[1])) == IMAGES[0]
+    assert compare.images_to_reach(curve, min(curve[1])) == pytest.approx(IMAGES[-1])
+
+
+def test_the_first_time_counts_where_a_curve_rises_again():
+    curve = ([1.0, 2.0, 3.0, 4.0], [40.0, 20.0, 30.0, 10.0])
+    assert compare.images_to_reach(curve, 20.0) == 2
+    # reached after the rise only
+    expected = 3 * (4 / 3) ** (math.log(15 / 30) / math.log(10 / 30))
+    assert compare.images_to_reach(curve, 15.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "curve, message",
+    [
+        (([1.0], [2.0]), "two points"),
+        (([1.0, 1.0], [2.0, 1.0]), "ascending"),
+        (([2.0, 1.0], [2.0, 1.0]), "ascending"),
+        (([1.0, 2.0], [2.0, 0.0]), "positive"),
+        (([1.0, 2.0, 3.0], [2.0, 1.0]), "two points"),
+    ],
+)
+def test_what_is_no_curve_is_refused(curve, message):
+    with pytest.raises(ReproError, match=message):
+        compare.images_to_reach(curve, 1.5)
+
+
+def test_a_speed_up_and_its_interval_by_hand():
+    fast, slow = [1.0, 1.1, 1.25], [2.0, 2.2, 2.1]
+    ways = {"fast": [power(s) for s in fast], "slow": [power(s) for s in slow], "alone": [power(1.5)]}
+    found = compare.speed_up(ways, "fast", "slow", 15.0)
+    logs = [np.log(fast), np.log(slow)]
+    pooled = math.sqrt(sum(values.var(ddof=1) for values in logs) / 2)
+    half = stats.t.ppf(0.975, 4) * pooled * math.sqrt(2 / 3)
+    center = logs[1].mean() - logs[0].mean()
+    expected = [math.exp(center + sign * half) for sign in (-1, 0, 1)]
+    assert [found.low, found.ratio, found.high] == pytest.approx(expected, rel=1e-9)
+    assert (found.verdict, found.seeds_fast, found.seeds_slow) == ("faster", 3, 3)
+    assert compare.speed_up(ways, "slow", "fast", 15.0).verdict == "slower"
+    # one seed: as wide a spread, over one curve
+    one = compare.speed_up(ways, "fast", "alone", 15.0)
+    wide = stats.t.ppf(0.975, 4) * pooled * math.sqrt(1 / 3 + 1)
+    assert math.log(one.high / one.ratio) == pytest.approx(wide)
+    assert one.seeds_slow == 1
+
+
+@given(factor=st.floats(0.2, 5))
+def test_a_speed_up_depends_on_no_unit_of_distance(factor):
+    ways = {"a": [power(1), power(1.1)], "b": [power(2), power(2.3)]}
+    scaled = {way: [(x, [factor * value for value in y]) for x, y in curves] for way, curves in ways.items()}
+    one, other = compare.speed_up(ways, "a", "b", 15.0), compare.speed_up(scaled, "a", "b", 15.0 * factor)
+    assert (other.low, other.ratio, other.high) == pytest.approx((one.low, one.ratio, one.high), rel=1e-9)
+
+
+def test_two_ways_that_do_not_differ_are_not_told_apart_more_often_than_said():
+    """Of many studies without a difference, 95% of the intervals hold 1, pooled over three ways."""
+    random, studies, held = np.random.default_rng(0), 2000, 0
+    for _ in range(studies):
+        ways = {way: [power(math.exp(s)) for s in random.normal(0, 0.1, 3)] for way in "abc"}
+        found = compare.speed_up(ways, "a", "b", 15.0)
+        held += found.verdict == "undecided"
+    assert abs(held / studies - 0.95) < 4 * math.sqrt(0.95 * 0.05 / studies)
+
+
+def test_without_an_answer_there_is_none():
+    ways = {"a": [power(1), power(1.1)], "b": [power(9), power(9.1)]}
+    assert compare.speed_up(ways, "a", "b", min(power(1.1)[1]) * 1.001) is None  # b never reaches it
+    with pytest.raises(ReproError, match="no spread is known"):
+        compare.speed_up({"a": [power(1)], "b": [power(2)]}, "a", "b", 15.0)
+
+
+def test_a_common_target_is_one_that_all_reach():
+    ways = {"a": [power(1), power(1.1)], "b": [power(3)]}
+    target = compare.common_target(ways)
+    assert target == min(power(3)[1])
+    assert all(
+        math.isfinite(compare.images_to_reach(curve, target)) for way in ways.values() for curve in way
+    )
+    assert compare.common_target(ways, 0.8) == pytest.approx(target / 0.8)
+    with pytest.raises(ReproError, match="share"):
+        compare.common_target(ways, 0.0)
+
+
+def test_a_band_is_the_geometric_mean_and_the_extremes():
+    images, middle, low, high = compare.band([power(1), power(4)])
+    np.testing.assert_allclose(images, IMAGES)
+    np.testing.assert_allclose(middle, power(2)[1])
+    np.testing.assert_allclose(low, power(1)[1])
+    np.testing.assert_allclose(high, power(4)[1])
+    with pytest.raises(ReproError, match="same images"):
+        compare.band([power(1), (IMAGES[:-1], power(1)[1][:-1])])
