@@ -28,7 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from repro import config, evaluate, files, presets, provenance, runs, train
 from repro.models.norm import GroupNorm
-from repro.models.unet import OutputConvolution, Resample
+from repro.models.unet import InputConvolution, OutputConvolution, Resample
 
 PROTOTYPE = config.UNet(
     channels=96, multipliers=(1, 2, 2, 2), blocks=2, attention=(16, 8), resample_in_blocks=False, heads=4
@@ -100,8 +100,17 @@ class PlainOutputConvolution(OutputConvolution):
         return super().forward(h.to(self.weight.dtype))
 
 
+class PlainInputConvolution(InputConvolution):
+    """The same convolution, by cuDNN."""
+
+    def forward(self, x):
+        """See `InputConvolution`."""
+        return F.conv2d(x, self.weight, padding=1)
+
+
 PLAIN = {
     GroupNorm: PlainGroupNorm,
+    InputConvolution: PlainInputConvolution,
     Resample: PlainResample,
     OutputConvolution: PlainOutputConvolution,
 }

@@ -15,7 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repro import config
 from repro.models.norm import GroupNorm
-from repro.models.unet import ADMUNet, Attention, Map, OutputConvolution, Resample, ResidualBlock, sinusoids
+from repro.models.unet import (
+    ADMUNet,
+    Attention,
+    InputConvolution,
+    Map,
+    OutputConvolution,
+    Resample,
+    ResidualBlock,
+    sinusoids,
+)  # fmt: skip
 
 RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
 
@@ -483,6 +492,25 @@ def test_the_last_convolution_of_a_bfloat16_map_rounds_nothing_but_its_inputs(ou
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-5)
     for grad, exact, rounding in zip(grads, wanted, (2**-8, 1e-6, 1e-6), strict=True):
         torch.testing.assert_close(grad.double(), exact, rtol=0, atol=rounding * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_the_first_convolution_in_bfloat16_is_a_convolution(channels):
+    convolution = InputConvolution(channels, 64, 3, padding=1)
+    x, upstream = noise(2, channels, 5, 7).bfloat16().float(), noise(2, 64, 5, 7, seed=1).bfloat16()
+    with torch.no_grad():
+        convolution.weight.copy_(convolution.weight.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        y = convolution(x)
+        by_convolution = convolution(x.clone().requires_grad_())
+    assert y.dtype == by_convolution.dtype == torch.bfloat16
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    (grad,) = torch.autograd.grad((y * upstream).sum(), convolution.weight)
+    weight = convolution.weight.detach().double().requires_grad_()
+    expected = F.conv2d(x.double(), weight, padding=1)
+    (wanted,) = torch.autograd.grad((expected * upstream).sum(), weight)
+    for found, exact in ((y, expected), (by_convolution, expected), (grad, wanted)):
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=2**-8 * exact.abs().max().item())
 
 
 def test_the_output_of_a_network_in_bfloat16_is_not_rounded_to_it():

@@ -173,7 +173,7 @@ class Encoder(nn.Module):
         self.time_in = nn.Linear(config.channels, self.emb_width)
         self.time_out = nn.Linear(self.emb_width, self.emb_width)
         channels = self.widths[0]
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = InputConvolution(in_channels, channels, 3, padding=1)
         self.skip_widths = [channels]
         self.encoder = nn.ModuleList()
         for level, (side, width) in enumerate(zip(sides, self.widths, strict=True)):
@@ -215,7 +215,7 @@ class Encoder(nn.Module):
         self, x: Float[Tensor, "n c h w"], emb: Float[Tensor, "n e"], keep: bool
     ) -> tuple[Map, list[Map | None]]:
         """The middle's output; with `keep`, also the maps on the way down, for the way up."""
-        h = Map(F.conv2d(x, self.conv_in.weight, padding=1), self.conv_in.bias)
+        h = Map(self.conv_in(x), self.conv_in.bias)
         skips = []
         for step in (*self.encoder, self.middle):
             h, kept = step(h, emb, keep=keep)
@@ -346,6 +346,24 @@ class Step(nn.ModuleList):
                 h, before = block(h), None
             kept, skip = before if place == 0 else kept, None
         return h, kept
+
+
+class InputConvolution(nn.Conv2d):
+    """The first convolution, 3 x 3 of a few channels; its bias is left to the caller."""
+
+    def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n out h w"]:
+        """Convolve: in half precision, and where no gradient by `x` is asked for, as one matrix product.
+
+        A convolution by itself would pad few channels to many.
+        """
+        if x.requires_grad or not torch.is_autocast_enabled(x.device.type):
+            return F.conv2d(x, self.weight, padding=1)
+        n, c, height, width = x.shape
+        dtype = torch.get_autocast_dtype(x.device.type)
+        pixels = F.pad(x.to(dtype), (1, 1, 1, 1)).unfold(2, 3, 1).unfold(3, 3, 1)  # n c h w 3 3
+        pixels = _pad_columns(pixels.permute(0, 2, 3, 1, 4, 5).reshape(n * height * width, 9 * c))
+        kernel = _pad_columns(self.weight.reshape(-1, 9 * c))
+        return F.linear(pixels, kernel).view(n, height, width, -1).permute(0, 3, 1, 2)
 
 
 class OutputConvolution(nn.Conv2d):
