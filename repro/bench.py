@@ -63,12 +63,14 @@ VARIANTS = {
 class PlainGroupNorm(GroupNorm):
     """The same norm by `F.group_norm`, as a plain implementation has it, of maps that are joined first."""
 
-    def beside(self, *parts, offset=None, silu=False, copies=1):
+    def beside(self, *parts, offset=None, silu=False, copies=1, more=()):
         """See `GroupNorm`."""
+        parts = (sum(more, parts[0]), *parts[1:])
         return self(*parts, offset=offset, silu=silu), parts * copies
 
-    def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0):
+    def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0, more=()):
         """See `GroupNorm`."""
+        parts = (sum(more, parts[0]), *parts[1:])
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if offset is not None:
             x = x + offset.to(x.dtype).expand(x.shape[:2])[:, :, None, None]

@@ -126,6 +126,25 @@ def beside_twice():
     return errors(results[0], [result.double() for result in results[1]])
 
 
+def added():
+    """Maps that are added to the first part: one or two, of one part or of two, over several tiles."""
+    results = []
+    for widths, sides, many in (((64,), (5, 7), 1), ((64, 32), (20, 30), 2), ((32, 32), (16, 8), 2)):
+        norm, found = of_norm(sum(widths)), []
+        parts, offset = maps(2, widths, sides), draw(sum(widths), seed=60).float().requires_grad_()
+        more = [m.detach().requires_grad_() for m in maps(2, widths[:1] * many, sides)]
+        for fused in (True, False):
+            norm.fused = fused
+            y, again = norm.beside(*parts, more=tuple(more), offset=offset, silu=True)
+            alone = norm(*parts, more=tuple(more), offset=offset)
+            loss = (y * draw(*y.shape, seed=50)).sum() + sum((part**2).sum() for part in again)
+            loss = loss + (alone * draw(*y.shape, seed=51)).sum()
+            inputs = [*parts, *more, offset, *norm.parameters()]
+            found.append([y, alone, again[0], *torch.autograd.grad(loss, inputs)])
+        results += errors(found[0], [result.double() for result in found[1]])
+    return results
+
+
 def read():
     """How many maps the kernels read, of each kind, in a compiled block's backward pass."""
     launch, seen = norm_kernels.normalise_grad, []
@@ -211,6 +230,6 @@ if __name__ == "__main__":
     found["bfloat16"] = forward_and_gradients(dtype=torch.bfloat16)
     found |= {
         check.__name__: check()
-        for check in (beside, beside_alone, beside_twice, read, refused, taken, dropout)
+        for check in (beside, beside_alone, beside_twice, added, read, refused, taken, dropout)
     }
     print(json.dumps(found))

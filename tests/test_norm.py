@@ -16,7 +16,7 @@ from repro.models.norm import GroupNorm, norm_kernels
 FLOAT32 = (
     "two parts", "one part", "shift and scale absent", "nothing but the norm", "no activation",
     "several tiles", "whole tiles", "odd widths", "one pixel", "many tiles", "whole groups", "odd pixels",
-    "narrow", "beside", "beside_alone", "beside_twice", "compiled",
+    "narrow", "beside", "beside_alone", "beside_twice", "added", "compiled",
 )  # fmt: skip
 
 

@@ -49,16 +49,19 @@ class GroupNorm(nn.Module):
         offset: Float[Tensor, "*n c"] | None = None,
         silu: bool = False,
         dropout: float = 0.0,
+        more: tuple[Float[Tensor, "n _ h w"], ...] = (),
     ) -> Float[Tensor, "n c h w"]:
         """The normalised map, in the precision of its parts.
 
-        parts: the map, or several to be joined along their channels. offset: added first, [c] or [n, c]
+        parts: the map, or several to be joined along their channels. more: up to two maps that are first
+        added to the first part, here, since it is read here anyway. offset: added first, [c] or [n, c]
         (the bias of the convolution before). scale, shift: multiply by (1 + scale), then add `shift`.
         dropout: probability of setting an element to 0 (the rest is scaled up); the caller knows
         whether it trains.
         """
-        if self._can_fuse(parts):
-            return self._fused(parts, scale, shift, offset, silu, dropout)
+        if self._can_fuse(parts, more):
+            return self._fused(parts, more, scale, shift, offset, silu, dropout)
+        parts = _added(parts, more)
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         n, c = x.shape[:2]
         wide = x.double() if x.dtype == torch.float64 else x.float()
@@ -85,23 +88,32 @@ class GroupNorm(nn.Module):
         offset: Float[Tensor, "*n c"] | None = None,
         silu: bool = False,
         copies: int = 1,
+        more: tuple[Float[Tensor, "n _ h w"], ...] = (),
     ) -> tuple[Float[Tensor, "n c h w"], tuple[Float[Tensor, "n _ h w"], ...]]:
         """The normalised map, and the parts for what runs beside it (a residual connection).
 
         The same as using the parts again, but their two gradients are then added where the norm's is
-        formed, which saves a pass over memory. copies: 2 gives a single part twice, for two uses.
+        formed, which saves a pass over memory. copies: 2 gives a single part twice, for two uses. more: as in
+        `forward`; the first part is given with them.
         """
-        if not self._can_fuse(parts):
+        if not self._can_fuse(parts, more):
+            parts = _added(parts, more)
             return self(*parts, offset=offset, silu=silu), parts * copies
         if copies > 1 and len(parts) > 1:
             raise ReproError("only a single part can be given twice")
-        y, *parts = self._fused(parts, None, None, offset, silu, 0.0, copies)
+        y, *parts = self._fused(parts, more, None, None, offset, silu, 0.0, copies)
         return y, tuple(parts)
 
-    def _can_fuse(self, parts: tuple[Tensor, ...]) -> bool:
-        return self.fused and norm_kernels is not None and norm_kernels.can_take(parts)
+    def _can_fuse(self, parts: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> bool:
+        return (
+            self.fused
+            and norm_kernels is not None
+            and len(more) <= 2
+            and all((one.shape, one.dtype) == (parts[0].shape, parts[0].dtype) for one in more)
+            and norm_kernels.can_take(parts)
+        )
 
-    def _fused(self, parts, scale, shift, offset, silu, dropout, copies=0):
+    def _fused(self, parts, more, scale, shift, offset, silu, dropout, copies=0):
         n, c = len(parts[0]), len(self.weight)
         shapes = {(len(part), *part.shape[2:]) for part in parts}
         if len(shapes) > 1 or sum(part.shape[1] for part in parts) != c:  # kernels would write elsewhere
@@ -112,8 +124,11 @@ class GroupNorm(nn.Module):
         o = None if offset is None else offset.float().expand(n, c)
         seed = torch.randint(2**31 - 1, (1,), device=parts[0].device) if dropout else None
         first, second = parts if len(parts) == 2 else (parts[0], None)
+        more_1, more_2 = (*more, None, None)[:2]
         how = (self.groups, self.eps, silu, dropout, copies)
-        return _FusedGroupNorm.apply(first, second, self.weight, self.bias, k, t, o, seed, how)
+        return _FusedGroupNorm.apply(
+            first, second, more_1, more_2, self.weight, self.bias, k, t, o, seed, how
+        )
 
 
 class _FusedGroupNorm(torch.autograd.Function):
@@ -123,13 +138,14 @@ class _FusedGroupNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, first, second, weight, bias, k, t, o, seed, how):
+    def forward(ctx, first, second, more_1, more_2, weight, bias, k, t, o, seed, how):
         groups, eps, silu, dropout, copies = how
-        y, stats = norm_kernels.normalise(
-            first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout
+        y, stats, total = norm_kernels.normalise(
+            first, second, more_1, more_2, weight, bias, k, t, o, seed, groups, eps, silu, dropout
         )
+        first = first if more_1 is None else total
         ctx.save_for_backward(first, second, weight, bias, k, seed, stats)
-        ctx.how, ctx.given = how, (t is not None, o is not None)
+        ctx.how, ctx.given = how, [given is not None for given in (more_1, more_2, t, o)]
         # only where they are used: compiled, an unused output's gradient is a map full of zeros
         parts = [part for part in (first, second) if part is not None]
         return (y, *[part.view_as(part) for part in parts * copies]) if copies else y
@@ -138,7 +154,7 @@ class _FusedGroupNorm(torch.autograd.Function):
     def backward(ctx, dy, *dbeside):
         first, second, weight, bias, k, seed, stats = ctx.saved_tensors
         groups, _, silu, dropout, *_ = ctx.how
-        shifted, moved = ctx.given
+        added, added_2, shifted, moved = ctx.given
         beside_1, beside_2 = (*dbeside, None, None)[:2]
         dfirst, dsecond, found = norm_kernels.normalise_grad(
             first, second, dy, beside_1, beside_2, seed, stats, groups, silu, dropout
@@ -151,9 +167,15 @@ class _FusedGroupNorm(torch.autograd.Function):
             dbias, dweight = (found[:, :2] * k[:, None]).sum(0)
             dk = du * weight + db * bias
         return (
-            dfirst, None if second is None else dsecond, dweight, dbias,
+            dfirst, None if second is None else dsecond, dfirst if added else None,
+            dfirst if added_2 else None, dweight, dbias,
             dk, db if shifted else None, do if moved else None, None, None,
         )  # fmt: skip
+
+
+def _added(parts: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The parts, with `more` added to the first."""
+    return (sum(more, parts[0]), *parts[1:])
 
 
 def _spread(values: Tensor, channels: int) -> Tensor:

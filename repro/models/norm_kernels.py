@@ -6,8 +6,8 @@ again, which the GPU's L2 cache still holds. So a map comes from memory once, wh
 and another for the result read it twice. Waiting works because a GPU starts programs in order, and all of
 one image run at once: `share_out` sees to that.
 
-Maps are channels-last [n, c, h, w], coefficients float32 [n, c]. For x in one or two parts, m = x + o, and
-mean and variance of m over a group:
+Maps are channels-last [n, c, h, w], coefficients float32 [n, c]. For x in one or two parts, the first of which
+may be a sum that is formed here, m = x + o, and mean and variance of m over a group:
 
     z = a * x + b    with  a = weight * k / sqrt(variance + eps),  b = bias * k + t - a * e,  e = mean - o
     y = dropout(silu(z))
@@ -232,10 +232,10 @@ def _wait(flag_ptr, image, WAIT: tl.constexpr):
 
 @triton.jit
 def _norm_kernel(
-    first_ptr, second_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
-    partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr,
+    first_ptr, second_ptr, more_1_ptr, more_2_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
+    partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr, total_ptr,
     o_row, eps, threshold, scale,
-    SCALED: tl.constexpr, SHIFTED: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr,
+    MORE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr,
     DROPOUT: tl.constexpr, pixels: tl.constexpr, channels_1: tl.constexpr, channels: tl.constexpr,
     groups: tl.constexpr, size: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
@@ -247,28 +247,28 @@ def _norm_kernel(
     column, split = tl.program_id(0) % COLUMNS, tl.program_id(0) // COLUMNS
     if column * BLOCK_C < channels_1:
         _norm_program(
-            first_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
-            partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr, o_row, eps, threshold, scale,
+            first_ptr, more_1_ptr, more_2_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
+            partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr, total_ptr, o_row, eps, threshold, scale,
             image, column, split, 0, channels_1,
-            SCALED, SHIFTED, OFFSET, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
+            MORE, SCALED, SHIFTED, OFFSET, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
             BLOCK_P, BLOCK_C, CHUNKS, SPLITS, COLUMNS, WHOLE, WAIT,
         )  # fmt: skip
     elif channels_1 < channels:
         _norm_program(
-            second_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
-            partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr, o_row, eps, threshold, scale,
+            second_ptr, second_ptr, second_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
+            partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr, total_ptr, o_row, eps, threshold, scale,
             image, column, split, channels_1, channels - channels_1,
-            SCALED, SHIFTED, OFFSET, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
+            0, SCALED, SHIFTED, OFFSET, SILU, DROPOUT, pixels, channels, groups, size, GROUPS, SIZE,
             BLOCK_P, BLOCK_C, CHUNKS, SPLITS, COLUMNS, WHOLE, WAIT,
         )  # fmt: skip
 
 
 @triton.jit
 def _norm_program(
-    x_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr, partial_ptr, counter_ptr, flag_ptr,
-    stats_ptr, y_ptr, o_row, eps, threshold, scale, image, column, split, start: tl.constexpr,
-    own_channels: tl.constexpr,
-    SCALED: tl.constexpr, SHIFTED: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr,
+    x_ptr, more_1_ptr, more_2_ptr, weight_ptr, bias_ptr, k_ptr, t_ptr, o_ptr, seed_ptr,
+    partial_ptr, counter_ptr, flag_ptr, stats_ptr, y_ptr, total_ptr, o_row, eps, threshold, scale,
+    image, column, split, start: tl.constexpr, own_channels: tl.constexpr,
+    MORE: tl.constexpr, SCALED: tl.constexpr, SHIFTED: tl.constexpr, OFFSET: tl.constexpr, SILU: tl.constexpr,
     DROPOUT: tl.constexpr, pixels: tl.constexpr, channels: tl.constexpr,
     groups: tl.constexpr, size: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, CHUNKS: tl.constexpr, SPLITS: tl.constexpr,
@@ -277,14 +277,23 @@ def _norm_program(
     """One tile of the part x of the map, whose channels start at `start`."""
     c = column * BLOCK_C + tl.arange(0, BLOCK_C)
     from_pixel = split * (CHUNKS * BLOCK_P)
-    x_ptr += image.to(tl.int64) * (pixels * own_channels) + (c - start)[None, :]
+    own = image.to(tl.int64) * (pixels * own_channels) + (c - start)[None, :]
+    x_ptr, more_1_ptr, more_2_ptr = x_ptr + own, more_1_ptr + own, more_2_ptr + own
+    total_ptr += own
     y_ptr += image.to(tl.int64) * (pixels * channels) + c[None, :]
     stats_ptr += image * 5 * channels
     first = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     second = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-    for chunk in tl.range(CHUNKS, loop_unroll_factor=4):
+    for chunk in tl.range(CHUNKS, loop_unroll_factor=2 if MORE else 4):
         p = from_pixel + chunk * BLOCK_P + tl.arange(0, BLOCK_P)
-        x = _read(x_ptr + p[:, None] * own_channels, (p < pixels)[:, None], WHOLE)
+        inside = (p < pixels)[:, None]
+        x = _read(x_ptr + p[:, None] * own_channels, inside, WHOLE)
+        if MORE > 0:
+            x += _read(more_1_ptr + p[:, None] * own_channels, inside, WHOLE)
+            if MORE > 1:
+                x += _read(more_2_ptr + p[:, None] * own_channels, inside, WHOLE)
+            _write(total_ptr + p[:, None] * own_channels, x, inside, WHOLE)
+            x = x.to(total_ptr.dtype.element_ty).to(tl.float32)  # as it is read again
         first += x
         second += x * x
     if _give_sums(first, second, partial_ptr, counter_ptr, image, split, c, channels, SPLITS, COLUMNS):
@@ -318,6 +327,8 @@ def _norm_program(
     b = tl.load(stats_ptr + channels + c, cache_modifier=".cg")[None, :]
     if DROPOUT:
         seed = _image_seed(seed_ptr, image)
+    if MORE > 0:
+        x_ptr = total_ptr
     for chunk in tl.range(CHUNKS, loop_unroll_factor=4):
         p = from_pixel + chunk * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = (p < pixels)[:, None]
@@ -453,6 +464,10 @@ def _like(x: Tensor, channels: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _total_like(first: Tensor, more: Tensor | None) -> Tensor:
+    return first.new_empty(0) if more is None else _like(first, first.shape[1])
+
+
 def _like_second(first: Tensor, second: Tensor | None) -> Tensor:
     return first.new_empty(0) if second is None else _like(second, second.shape[1])
 
@@ -490,6 +505,8 @@ def _scratch(share: Share, n: int, channels: int, device: torch.device) -> tuple
 def normalise(
     first: Tensor,
     second: Tensor | None,
+    more_1: Tensor | None,
+    more_2: Tensor | None,
     weight: Tensor,
     bias: Tensor,
     k: Tensor | None,
@@ -500,33 +517,38 @@ def normalise(
     eps: float,
     silu: bool,
     dropout: float,
-) -> tuple[Tensor, Tensor]:
-    """y [n, c, h, w], and what the gradient needs: a, b, 1/deviation, e, mean of x, [n, 5, c]."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y [n, c, h, w]; what the gradient needs: a, b, 1/deviation, e, mean of x, [n, 5, c]; and the first part
+    with `more_1` and `more_2` added to it, where they are (else it is empty)."""
     parts = (first,) if second is None else (first, second)
     n, channels = len(first), len(weight)
     share = share_out(parts, FORWARD_TILE)
     scratch = _scratch(share, n, channels, first.device)
     first = _channels_last(first)
     second = first if second is None else _channels_last(second)
+    more = [None if given is None else _channels_last(given) for given in (more_1, more_2)]
     k, t = (None if given is None else given.contiguous() for given in (k, t))
     o = o if o is None or o.stride(1) == 1 else o.contiguous()
-    y = _like(first, channels)
+    y, total = _like(first, channels), _total_like(first, more_1)
     stats = torch.empty(n, 5, channels, device=first.device)
     with torch.cuda.device_of(first):
         for _ in LAUNCHES:
             _norm_kernel[share.splits * share.columns, n](
-                first, second, weight, bias, *(weight if given is None else given for given in (k, t, o)),
-                weight if seed is None else seed, *scratch, stats, y,
+                first, second, *(first if given is None else given for given in more),
+                weight, bias, *(weight if given is None else given for given in (k, t, o)),
+                weight if seed is None else seed, *scratch, stats, y, y if more_1 is None else total,
                 0 if o is None else o.stride(0), eps, *_threshold(dropout),
-                SCALED=k is not None, SHIFTED=t is not None, OFFSET=o is not None, SILU=silu,
-                DROPOUT=dropout > 0, **_numbers(share, first, channels, groups),
+                MORE=(more_1 is not None) + (more_2 is not None), SCALED=k is not None, SHIFTED=t is not None,
+                OFFSET=o is not None, SILU=silu, DROPOUT=dropout > 0,
+                **_numbers(share, first, channels, groups),
             )  # fmt: skip
-    return y, stats
+    return y, stats, total
 
 
 @normalise.register_fake
-def _(first, second, weight, bias, k, t, o, seed, groups, eps, silu, dropout):
-    return _like(first, len(weight)), weight.new_empty(len(first), 5, len(weight), dtype=torch.float32)
+def _(first, second, more_1, more_2, weight, bias, k, t, o, seed, groups, eps, silu, dropout):
+    stats = weight.new_empty(len(first), 5, len(weight), dtype=torch.float32)
+    return _like(first, len(weight)), stats, _total_like(first, more_1)
 
 
 @torch.library.custom_op("repro::normalise_grad", mutates_args=())

@@ -20,18 +20,19 @@ from repro.models.norm import GroupNorm
 
 
 class Map(NamedTuple):
-    """A feature map, x + offset.
+    """A feature map, x + the maps in `more` + offset, not added up yet.
 
-    Biases of the convolutions that made it stay apart, since all that they do can be done without passing
-    over the map once more: norms take an offset, and give its gradient, as they are.
+    All that is done with it can be done by the next norm without passing over the map once more: it adds the
+    maps where it reads them, and takes an offset (the biases of the convolutions before) as it is.
     """
 
     x: Float[Tensor, "n c h w"]
     offset: Float[Tensor, " c"]
+    more: tuple[Float[Tensor, "n c h w"], ...] = ()
 
     def whole(self) -> Float[Tensor, "n c h w"]:
         """The map as one tensor."""
-        return self.x + self.offset.to(self.x.dtype)[:, None, None]
+        return sum(self.more, self.x) + self.offset.to(self.x.dtype)[:, None, None]
 
 
 class Resample(nn.Module):
@@ -102,7 +103,7 @@ class ResidualBlock(nn.Module):
         maps = (h,) if skip is None else (h, skip)
         offset = torch.cat([map.offset for map in maps])
         z, parts = self.norm_in.beside(
-            *[map.x for map in maps], offset=offset, silu=True, copies=2 if keep else 1
+            *[map.x for map in maps], more=h.more, offset=offset, silu=True, copies=2 if keep else 1
         )
         parts, kept = parts[: len(maps)], Map(parts[-1], h.offset) if keep else None
         if self.resample is not None:  # which leaves an offset as it is
@@ -116,16 +117,16 @@ class ResidualBlock(nn.Module):
         else:
             z = self.norm_out(z, offset=bias + emb, silu=True, dropout=dropout)
         beside, offset = self._skipped(parts, offset)
-        out = beside + F.conv2d(z, self.conv_out.weight, padding=1)
-        return Map(out, offset + self.conv_out.bias), kept
+        more = (*beside, F.conv2d(z, self.conv_out.weight, padding=1))
+        return Map(more[0], offset + self.conv_out.bias, more[1:]), kept
 
-    def _skipped(self, parts: tuple[Tensor, ...], offset: Tensor) -> tuple[Tensor, Tensor]:
+    def _skipped(self, parts: tuple[Tensor, ...], offset: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        """What is added to the block's result: maps, and their offset."""
         if isinstance(self.skip, nn.Identity):
-            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1), offset
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1),), offset
         kernels = self.skip.weight.split([part.shape[1] for part in parts], dim=1)
-        out = F.conv2d(parts[0], kernels[0])
-        out = out + F.conv2d(parts[1], kernels[1]) if len(parts) == 2 else out
-        return out, (self.skip.weight * offset[:, None, None]).sum((1, 2, 3)) + self.skip.bias
+        maps = tuple(F.conv2d(part, kernel) for part, kernel in zip(parts, kernels, strict=True))
+        return maps, (self.skip.weight * offset[:, None, None]).sum((1, 2, 3)) + self.skip.bias
 
 
 class Attention(nn.Module):
@@ -145,13 +146,13 @@ class Attention(nn.Module):
     def forward(self, h: Map) -> Map:
         """Attend over all pixels."""
         n, c, height, width = h.x.shape
-        tokens, (x,) = self.norm.beside(h.x, offset=h.offset)
+        tokens, (x,) = self.norm.beside(h.x, more=h.more, offset=h.offset)
         tokens = tokens.permute(0, 2, 3, 1).reshape(n, height * width, c)  # n hw c
         qkv = self.qkv(tokens).view(n, height * width, self.heads, 3, c // self.heads)
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # n heads hw c/heads
         mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, height * width, c)
         mixed = F.linear(mixed, self.proj.weight).view(n, height, width, c).permute(0, 3, 1, 2)
-        return Map(x + mixed, h.offset + self.proj.bias)
+        return Map(x, h.offset + self.proj.bias, (mixed,))
 
 
 class Encoder(nn.Module):
@@ -272,7 +273,7 @@ class ADMUNet(Encoder):
         for step in self.decoder:
             h, _ = step(h, emb, skips.pop())
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
-            return self.conv_out(self.norm_out(h.x, offset=h.offset, silu=True))  # n out h w
+            return self.conv_out(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True))  # n out h w
 
     def _embed(self, labels: Int[Tensor, " n"] | None, n: int) -> Float[Tensor, "n e"]:
         if not self.classes:
@@ -301,7 +302,7 @@ class NoisyClassifier(Encoder):
     def forward(self, x: Float[Tensor, "n c h w"], t: Float[Tensor, " n"]) -> Float[Tensor, "n classes"]:
         """Logits of the classes."""
         h, _ = self.encode(x, self.embed_time(t, x.dtype), keep=False)
-        return self.pool(self.norm_out(h.x, offset=h.offset, silu=True)).float()
+        return self.pool(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True)).float()
 
 
 class AttentionPool(nn.Module):
