@@ -256,6 +256,8 @@ class Config:
     weight: Weight = Weight("min_snr", gamma=5.0)
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
+    record_weights: bool = True
+    """Whether the record of the finished run keeps the weights; further seeds need not."""
     note: str = ""
     """What a reader must know about this run."""
 

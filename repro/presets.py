@@ -194,6 +194,7 @@ def _arms() -> list[Config]:
             parameterization=target,
             weight=weight,
             train=replace(base.train, seed=seed),
+            record_weights=not suffix,
             note=f"{note}{', trained again from the same seed' if suffix == '-again' else ''}.",
         )
 

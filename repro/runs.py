@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, field
+from dataclasses import asdict, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -368,6 +368,15 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config)
         if old.name not in hashes:
             old.unlink()
     return hashes
+
+
+def forget_weights(path: Path, record: Record) -> Record:
+    """Remove the weights of a recorded run, and return the record, which says so."""
+    record = replace(record, weights={})
+    write_record(path, record)
+    for file in path.glob("weights-*.safetensors"):
+        file.unlink()
+    return record
 
 
 def save_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"], rows: int, cols: int) -> str:

@@ -585,7 +585,9 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         if place.first and classifying:
             record_weights(out, now, trainer.ema)
         elif place.first:
-            record_run(out, now, trainer.ema, grid, place.device)
+            now = record_run(out, now, trainer.ema, grid, place.device)
+            if last and not run.record_weights:
+                runs.forget_weights(out, now)
 
     recorded = runs.read_record(out / "run.json") if (out / "run.json").exists() else None
     whole = recorded and recorded.images == trainer.images and (recorded.samples or classifying)
@@ -759,9 +761,9 @@ def held_out_loss(
 
 def record_run(
     out: Path, record: runs.Record, ema: nn.Module, grid: tuple[int, int], device: torch.device
-) -> None:
+) -> runs.Record:
     """Record the averaged weights, and samples drawn from them."""
-    record_samples(out, record_weights(out, record, ema), grid, device)
+    return record_samples(out, record_weights(out, record, ema), grid, device)
 
 
 def record_weights(out: Path, record: runs.Record, ema: nn.Module) -> runs.Record:

@@ -109,27 +109,21 @@ def test_the_arms_of_figure_1_differ_in_target_weight_and_seed_alone(profile):
     more = seeds | {f"{name}-again" for name in presets.REPEATED} if profile == "lab" else set()
     assert {run.name.removeprefix(f"{profile}/imagenet64-") for run in arms} == {*presets.ARMS, *more}
     for run in arms:
-        allowed = {
-            "name",
-            "note",
-            "parameterization",
-            "weight.name",
-            "weight.gamma",
-            "weight.k",
-            "train.seed",
-        }
+        first = run.name.endswith(tuple(presets.ARMS))  # further seeds are recorded without weights
+        assert run.record_weights == first
+        allowed = {"name", "note", "parameterization", "record_weights", "train.seed"}
+        allowed |= {"weight.name", "weight.gamma", "weight.k"}
         assert set(runs.differences(arms[0], run)) <= allowed
-        assert (
-            len(run.evaluate.at) >= 8
-            and run.evaluate.also[0].classifier == f"{profile}/imagenet64-classifier"
-        )
+        assert len(run.evaluate.at) >= 8
+        assert run.evaluate.also[0].classifier == f"{profile}/imagenet64-classifier"
         weights.from_config(run.weight, denoiser.parameterization(run.parameterization))
 
 
 def test_arms_that_are_trained_again_are_told_apart_by_their_names_alone():
     for name in presets.REPEATED:
         once, again = (presets.preset(f"lab/imagenet64-{name}{end}") for end in ("", "-again"))
-        assert runs.differences(once, again) == ["name", "note"]
+        assert runs.differences(once, again) == ["name", "note", "record_weights"]
+        assert once.record_weights and not again.record_weights
 
 
 def test_the_lab_arms_see_two_million_images_and_take_six_megabytes():

@@ -75,6 +75,19 @@ def test_a_run_is_recorded_whole(home):
     assert run.check_samples(2)["largest_mean_difference"] == 0
 
 
+def test_a_run_without_its_weights_says_so(home):
+    run = dataclasses.replace(RUN, record_weights=False, evaluate=Evaluate(at=(24,), samples=4))
+    folder = train.train(run, home / "out", "cpu", grid=(1, 2))
+    recorded = runs.load_run(folder)
+    assert recorded.record.weights == {} and not list(folder.glob("weights-*"))
+    assert len(recorded.samples()) == 2  # drawn before
+    with pytest.raises(ReproError, match="recorded without weights"):
+        recorded.check_samples(1)
+    state = files.sha256(folder / train.STATE)
+    train.train(run, folder, "cpu", grid=(1, 2))  # ended: nothing is trained or drawn again
+    assert files.sha256(folder / train.STATE) == state and runs.load_run(folder).record == recorded.record
+
+
 def test_training_counts_images_and_rounds_up_to_whole_batches(home):
     folder = train.train(change(RUN, images=6), home / "out", "cpu", grid=(1, 1))
     assert runs.load_run(folder).record.images == 8

@@ -6,8 +6,8 @@ again, which the GPU's L2 cache still holds. So a map comes from memory once, wh
 and another for the result read it twice. Waiting works because a GPU starts programs in order, and all of
 one image run at once: `share_out` sees to that.
 
-Maps are channels-last [n, c, h, w], coefficients float32 [n, c]. For x in one or two parts, the first of which
-may be a sum that is formed here, m = x + o, and mean and variance of m over a group:
+Maps are channels-last [n, c, h, w], coefficients float32 [n, c]. For x in one or two parts (the first
+may be a sum that is formed here), m = x + o, and mean and variance of m over a group:
 
     z = a * x + b    with  a = weight * k / sqrt(variance + eps),  b = bias * k + t - a * e,  e = mean - o
     y = dropout(silu(z))
