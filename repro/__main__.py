@@ -105,12 +105,14 @@ def train_all(
 
     Args:
         patterns: Names of presets, also with * and ?, such as "lab/imagenet64-x0-*".
-        out: Folder of the run folders. What is trained there, or is being trained, is left alone.
+        out: Folder of <profile>/<run>. What is trained there, or is being trained, is left alone.
         device: By default the GPU if there is one.
         minutes: Stop after this many; by default when all are trained.
     """
     from repro.train import train_all as train_runs
 
+    if not patterns:
+        raise ReproError("name presets to train, such as 'lab/imagenet64-*'; all: python -m repro presets")
     chosen = [name for name in PRESETS if any(fnmatch(name, pattern) for pattern in patterns)]
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in chosen):
@@ -190,8 +192,8 @@ class EvaluateOptions:
     """Append to metrics.jsonl; --no-record only prints."""
     precision: Literal["fp32", "bf16"] = "bf16"
     settings: Path | None = None
-    """JSON file of a list of changes to the sampler, [{"sampler": "ancestral", "eta": 1}, ...]: measure each
-    in turn, on a network compiled once."""
+    """JSON file of a list of samplers, [{"sampler": "ancestral", "eta": 1}, {"steps": 30}, ...]: measure each
+    in turn, on a network compiled once. What does not name a sampler changes the run's own."""
     compile: bool = False
     """Compile the network first: worth it from some thousand images on a GPU."""
     device: Device = None
@@ -243,7 +245,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
 
 
 def _sampler_settings(options: EvaluateOptions) -> list[config.Sample]:
-    """The samplers to measure: the one given, or with `settings` the changes to it that the file lists."""
+    """The samplers to measure: the one given, or with `settings` those that the file lists."""
     if options.settings is None:
         return [options.sample]
     try:
@@ -252,11 +254,13 @@ def _sampler_settings(options: EvaluateOptions) -> list[config.Sample]:
         raise ReproError(f"--settings {options.settings} cannot be read: {error}") from error
     if not isinstance(changes, list) or not changes or not all(isinstance(each, dict) for each in changes):
         raise ReproError(
-            f"{options.settings} must hold a list of changes to the sampler, such as "
+            f"{options.settings} must hold a list of samplers, such as "
             f'[{{"steps": 18}}, {{"sampler": "ancestral", "eta": 1}}]'
         )
     given = config.sample_json(options.sample)
-    return [config.sample_from_json({**given, **change}) for change in changes]
+    return [
+        config.sample_from_json(change if "sampler" in change else {**given, **change}) for change in changes
+    ]
 
 
 def _told(sample: dict) -> str:

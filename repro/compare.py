@@ -28,7 +28,7 @@ def images_to_reach(curve: Curve, target: float) -> float:
     images, values = (np.asarray(numbers, float) for numbers in curve)
     if len(images) != len(values) or len(images) < 2 or (np.diff(images) <= 0).any() or images[0] <= 0:
         raise ReproError("a curve needs two points or more, in ascending order of images")
-    if target <= 0 or (values <= 0).any():
+    if not target > 0 or not (values > 0).all():
         raise ReproError("distances must be positive to be compared in logarithms")
     below = np.flatnonzero(values <= target)
     if len(below) == 0:
@@ -78,9 +78,12 @@ def speed_up(
     """Images that `slow` needs over those that `fast` needs, to reach `target` (geometric means of seeds).
 
     The interval is Student's t, with the spread over seeds pooled over all `ways`: a way trained with one
-    seed is taken to vary as the others do. None where either does not reach the target with every seed, or
-    was below it from its first measurement on.
+    seed is taken to vary as the others do. Seeds count as independent: where ways share what a seed decides,
+    such as the order of the data, it is wider than it need be. None where either does not reach the target
+    with every seed, or was below it from its first measurement on.
     """
+    if not 0 < confidence < 1:
+        raise ReproError(f"confidence must lie in (0, 1), not {confidence}")
     logs = [np.log([images_to_reach(curve, target) for curve in ways[way]]) for way in (fast, slow)]
     if not all(np.isfinite(values).all() for values in logs):
         return None

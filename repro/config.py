@@ -156,7 +156,7 @@ class Sample:
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is off and costs one network call."""
     guidance_interval: tuple[float, float] | None = None
-    """Guide only where sigma lies in this closed interval."""
+    """Classifier-free guidance only where sigma lies in this closed interval."""
     classifier: str | None = None
     """Recorded run of a noisy classifier that guides too, such as lab/imagenet64-classifier."""
     classifier_scale: Annotated[float, Field(ge=0)] = 0.0
@@ -194,7 +194,8 @@ class Evaluate:
     also: tuple[Sample, ...] = ()
     """Other samplers measured at each evaluation, besides the run's own."""
     levels: Count = 0
-    """Noise levels at which the last evaluation measures the error on the data set's val split; 0: none."""
+    """Noise levels at which the val split of the data set is measured: the error, at the last evaluation (0:
+    not at all), or a classifier's accuracy, at each (0: 25)."""
 
     @model_validator(mode="after")
     def _enough_for_a_covariance(self):

@@ -280,6 +280,8 @@ def describe_sampler(sample: dict) -> str:
     if sample["sampler"] == "dpm_solver":
         name = f"DPM-Solver++({sample['order']}M)" if sample["multistep"] else f"DPM-Solver-{sample['order']}"
     guidance = "" if sample["guidance"] == 1 else f", guidance {sample['guidance']:g}"
+    if sample.get("classifier"):
+        guidance += f", classifier {sample['classifier']} × {sample['classifier_scale']:g}"
     return f"{name}, {sample['steps']} steps from σ = {sample['sigma_max']:g}{guidance}"
 
 

@@ -36,6 +36,9 @@ from repro.models.vit import ViT
 RECORDED = provenance.ROOT / "paper" / "runs"
 """Where the repository keeps its recorded runs; the environment variable REPRO_RUNS overrides it."""
 
+TRAINED = Path("runs")
+"""Where `train` leaves its runs, below the working folder: looked at after the recorded ones."""
+
 SHARD_BYTES = 15 * 2**20
 
 SAMPLE_TOLERANCE = 0.25
@@ -254,6 +257,7 @@ class Run:
 
         samples: how many were drawn; by default as the run's configuration says. Only lines with the run's
         own feature network, first seed and precision; of several at the same number of images, the last.
+        Raises `ReproError` where classifiers of different weights guided them.
         """
         own = self.config
         samples = samples or own.evaluate.samples
@@ -265,6 +269,12 @@ class Run:
             and (line["features"], line["first_seed"], line["precision"])
             == (own.evaluate.features, own.evaluate.first_seed, own.train.precision)
         }
+        guides = {json.dumps(line.get("classifier"), sort_keys=True) for line in last.values()}
+        if len(guides) > 1:
+            raise ReproError(
+                f"{self.path / 'metrics.jsonl'} has distances of {how.classifier} with different weights, "
+                f"which are no curve; measure them again (python -m repro evaluate {self.name})"
+            )
         return [last[images] for images in sorted(last)]
 
 
@@ -280,12 +290,15 @@ def names(root: str | Path | None = None) -> list[str]:
 
 
 def load_run(name: str | Path, root: str | Path | None = None) -> Run:
-    """The recorded run `<profile>/<name>` of the runs folder, or the one in the folder that is named.
+    """The recorded run `<profile>/<name>` of the runs folder, or of `runs/`, where `train` leaves it, or the
+    one in the folder that is named.
 
     Raises `ReproError` where there is none (with the near names), or where run.json cannot be read,
     has an unknown key or a bad value.
     """
     path = Path(name) if (Path(name) / "run.json").is_file() else root_folder(root) / name
+    if root is None and not (path / "run.json").is_file():
+        path = TRAINED / name
     if not (path / "run.json").is_file():
         near = difflib.get_close_matches(str(name), names(root), n=3, cutoff=0.3)
         hint = (
@@ -295,7 +308,7 @@ def load_run(name: str | Path, root: str | Path | None = None) -> Run:
         )
         raise ReproError(
             f"there is no recorded run {name} in {root_folder(root)}. {hint} "
-            f"To make it: python -m repro train {name}"
+            f"To make it: python -m repro train {name}; where runs lie elsewhere, set REPRO_RUNS to that."
         )
     return Run(str(name), path, read_record(provenance.used(path / "run.json")))
 

@@ -34,21 +34,30 @@ class SeedNoise:
     outside [0, 2**31).
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: str | torch.device = "cpu"):
+    def __init__(
+        self,
+        seeds: Sequence[int],
+        shape: tuple[int, ...],
+        device: str | torch.device = "cpu",
+        ahead: bool = False,
+    ):
+        """ahead: draw the next noise while this one is used; for samplers that ask again and again."""
+        self.ahead = ahead
         self.generators = [_generator(int(seed)) for seed in seeds]
         self.shape, self.device = shape, torch.device(device)
         self.upcoming: Future | None = None
 
     def __call__(self) -> Float[Tensor, "n *shape"]:
-        """The next draw of each seed. Meanwhile the one after it is drawn, on a GPU's own time."""
+        """The next draw of each seed."""
         noise = self._draw() if self.upcoming is None else self.upcoming.result()
-        if self.device.type == "cuda":
+        if self.ahead:
             self.upcoming = _ahead().submit(self._draw)
         return noise.to(self.device, non_blocking=True)
 
     def _draw(self) -> Float[Tensor, "n *shape"]:
         on_gpu = self.device.type == "cuda"
-        noise = torch.empty(len(self.generators), *self.shape, pin_memory=on_gpu)
+        with torch.inference_mode(False):  # in which no thread is that draws
+            noise = torch.empty(len(self.generators), *self.shape, pin_memory=on_gpu)
 
         def draw(some: range) -> None:  # torch draws outside Python's lock, so threads do share the work
             for i in some:
@@ -98,17 +107,21 @@ def guided(denoiser: Denoiser, sample: config.Sample) -> guidance.LabelledDenois
         inside = guidance.interval(inside, denoiser, *sample.guidance_interval)
     if sample.classifier is None:
         return inside
+    from repro import runs  # which imports this module
+
     device = next(denoiser.net.parameters()).device
     compiled = hasattr(denoiser.net, "_orig_mod")
-    return guidance.classifier(
-        inside, _classifier(sample.classifier, device, compiled), sample.classifier_scale
-    )
+    hashes = tuple(runs.load_run(sample.classifier).record.weights.items())
+    found = _classifier(sample.classifier, hashes, device, compiled)
+    return guidance.classifier(inside, found, sample.classifier_scale)
 
 
 @lru_cache(maxsize=4)
-def _classifier(name: str, device: torch.device, compiled: bool) -> classifier.Classifier:
-    """A recorded classifier, compiled where the network that it guides is."""
-    from repro import runs  # which imports this module
+def _classifier(
+    name: str, hashes: tuple[tuple[str, str], ...], device: torch.device, compiled: bool
+) -> classifier.Classifier:
+    """A recorded classifier with those weights, compiled where the network that it guides is."""
+    from repro import runs
 
     found = runs.load_run(name).classifier(device)
     return found.with_net(torch.compile(found.net, dynamic=False)) if compiled else found
@@ -172,7 +185,7 @@ def generate(
     for first in range(0, len(seeds), batch):
         chosen = list(range(first, min(first + batch, len(seeds))))
         padded = chosen + [chosen[-1]] * (batch - len(chosen))
-        noise = SeedNoise([seeds[i] for i in padded], shape, device)
+        noise = SeedNoise([seeds[i] for i in padded], shape, device, ahead=sample.eta > 0 or sample.churn > 0)
         some = None if labels is None else labels[padded].to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             images = sample_batch(denoiser, sample, noise, some)

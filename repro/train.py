@@ -48,6 +48,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.cuda_graphs",
     "train.cudnn_plans",
+    "record_weights",
     "note",
 )
 """Settings that a resumed run may have changed, besides everything under `evaluate` and `sample`."""
@@ -414,9 +415,7 @@ class Trainer:
                 f"choose another --out."
             )
         saved = config.from_json(about["config"])
-        changed = [name for name in runs.differences(saved, self.run)
-                   if name not in MAY_CHANGE and not name.startswith(("evaluate.", "sample."))]  # fmt: skip
-        if changed:
+        if changed := unlike(saved, self.run):
             raise ReproError(
                 f"{path / STATE} was saved with other settings ({', '.join(changed)}). Resume with the "
                 f"same settings, choose another --out, or remove {path} to start anew."
@@ -466,37 +465,69 @@ def train(
 
 
 def is_trained(run: config.Config, out: Path) -> bool:
-    """Whether `out` holds the record of `run`, trained to its end."""
+    """Whether `out` holds the whole record of `run`, trained to its end.
+
+    Raises `ReproError` where it holds another run.
+    """
     if not (out / "run.json").exists():
         return False
     record = runs.read_record(out / "run.json")
-    return record.config == run and record.images >= run.train.images
+    if changed := unlike(record.config, run):
+        raise ReproError(f"{out} holds a run of other settings ({', '.join(changed)}); choose another folder")
+    whole = record.samples is not None or run.model.kind == "classifier"
+    return whole and record.images >= run.train.images
+
+
+def unlike(one: config.Config, other: config.Config) -> list[str]:
+    """Settings that differ and that a resumed run may not change."""
+    return [
+        name
+        for name in runs.differences(one, other)
+        if name not in MAY_CHANGE and not name.startswith(("evaluate.", "sample."))
+    ]
 
 
 def train_all(
     chosen: Iterable[config.Config], out: str | Path, device: str | None = None, minutes: float | None = None
 ) -> list[Path]:
-    """Train runs one after the other, each into a folder of `out` that bears its name.
+    """Train runs one after the other, each into the folder `out`/<profile>/<run>.
 
     Runs that are trained, or that another process is training, are left out: start as many processes on
-    the same `out` as there are GPUs, and they share the runs. minutes: as in `train`, for all together.
-    Returns the folders of the runs that were trained. Raises `ReproError` under `torchrun`.
+    the same `out` as there are GPUs, and they share the runs. A run that fails does not keep the others
+    from being trained; one that another process's run may be needed for is tried again. minutes: as in
+    `train`, for all together. Returns the folders of the runs that were trained. Raises `ReproError` under
+    `torchrun`, and in the end where runs failed.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ReproError(
             "several runs are shared out among processes of their own: start them without torchrun"
         )
-    until = None if minutes is None else time.perf_counter() + 60 * minutes
-    done = []
-    for run in chosen:
-        left = None if until is None else (until - time.perf_counter()) / 60
-        folder = Path(out) / run.name.split("/")[1]
-        if (left is not None and left <= 0) or is_trained(run, folder):
-            continue
-        try:
-            done.append(train(run, folder, device, minutes=left))
-        except files.Busy:
-            continue
+    until = math.inf if minutes is None else time.perf_counter() + 60 * minutes
+    pending, done = list(chosen), []
+    while pending:
+        failed: dict[str, ReproError] = {}
+        busy = progress = False
+        for run in list(pending):
+            left = (until - time.perf_counter()) / 60
+            if left <= 0:
+                return done
+            folder = Path(out) / run.name
+            try:
+                if not is_trained(run, folder):
+                    done.append(train(run, folder, device, minutes=None if math.isinf(left) else left))
+                    progress = True
+                pending.remove(run)
+            except files.Busy:
+                busy = True
+            except ReproError as error:
+                failed[run.name] = error
+                print(f"{run.name}: {error}", flush=True)
+        if not failed:
+            return done
+        if not (busy or progress):
+            raise ReproError(f"{len(failed)} runs failed: {', '.join(failed)}; see above")
+        if not progress:
+            time.sleep(10)  # until another process is done with what these may need
     return done
 
 
@@ -514,7 +545,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         raise ReproError(f"a batch of {run.train.batch} cannot be shared by {place.world} processes")
     real = data.load(run.data.name)
     check_data(run, real)
-    check_evaluations(run)
+    check_evaluations(run, real)
     trained_on, held_out = data.holdout_split(len(real.images), run.data.holdout)
     trainer = Trainer(run, place, data.verify(run.data.name))
     if (out / STATE).exists():
@@ -677,13 +708,32 @@ def check_data(run: config.Config, real: data.Dataset) -> None:
         )
 
 
-def check_evaluations(run: config.Config) -> None:
-    """Raise `ReproError` where something that will be measured with is not there: better now than later."""
-    if run.evaluate.levels or run.model.kind == "classifier":
-        data.load(f"{run.data.name}-val")
+def check_evaluations(run: config.Config, real: data.Dataset) -> None:
+    """Raise `ReproError` where what a run will be measured with is missing or unfit: better now than later."""
+    if run.evaluate.at and (run.evaluate.levels or run.model.kind == "classifier"):
+        val = data.load(f"{run.data.name}-val")
+        if val.classes != real.classes or val.images.shape[1:] != real.images.shape[1:]:
+            raise ReproError(
+                f"{val.name} and {run.data.name} differ in their classes or the size of their images: prepare "
+                f"both from one source"
+            )
     for how in (run.sample, *run.evaluate.also):
-        if how.classifier:
-            runs.load_run(how.classifier).classifier()
+        if how.guidance != 1 and not (run.data.classes and getattr(run.model, "null_class", False)):
+            raise ReproError(
+                f"{run.name} has no null class, so it cannot be sampled with guidance {how.guidance}"
+            )
+        if how.classifier is None:
+            continue
+        guide = runs.load_run(how.classifier)
+        guide.classifier()
+        if guide.record.images < guide.config.train.images:
+            raise ReproError(f"the classifier {how.classifier} is not trained to its end yet")
+        theirs, ours = ((d.classes, d.resolution, d.channels) for d in (guide.config.data, run.data))
+        if theirs != ours:
+            raise ReproError(
+                f"the classifier {how.classifier} is one of (classes, side, channels) {theirs}, but "
+                f"{run.name} draws {ours}"
+            )
 
 
 def keep_until(path: Path, images: int) -> None:

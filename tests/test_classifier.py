@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -292,23 +293,110 @@ def test_a_missing_classifier_or_val_split_is_found_before_training(home):
     assert files.read_lines(home / "nothing" / "log.jsonl") == []
 
 
+def changed(run, **changes):
+    return dataclasses.replace(run, **changes)
+
+
+@pytest.mark.parametrize(
+    "run, message",
+    [
+        (changed(DRAWS, data=Data("grey")), r"\(classes, side, channels\) \(2, 64, 3\), but lab/draws draws \(0, 64, 3\)"),
+        (changed(DRAWS, evaluate=Evaluate(also=(Sample(guidance=2.0),)),
+                 model=ViT(patch=16, width=32, depth=1, heads=2, null_class=False)),
+         "has no null class, so it cannot be sampled with guidance 2"),
+    ],
+)  # fmt: skip
+def test_guidance_that_cannot_work_is_found_before_training(home, run, message):
+    with pytest.raises(ReproError, match=message):
+        train.train(run, home / "unfit", "cpu")
+    assert not (home / "unfit" / "log.jsonl").exists()
+
+
+def test_a_classifier_that_is_still_being_trained_does_not_guide(home):
+    path = home / "runs" / "lab" / "tells"
+    whole = (path / "run.json").read_text()
+    record = runs.load_run(path).record
+    runs.write_record(path, dataclasses.replace(record, images=48))
+    try:
+        with pytest.raises(ReproError, match="lab/tells is not trained to its end yet"):
+            train.train(DRAWS, home / "early", "cpu")
+    finally:
+        (path / "run.json").write_text(whole)
+
+
+def test_a_classifier_of_other_weights_is_another_one(home):
+    """Of the same name, after its file has changed: neither an old one is used, nor a curve made of both."""
+    path = home / "runs" / "lab" / "tells"
+    denoiser, labels = runs.load_run("lab/draws").denoiser(), torch.tensor([1])
+    (before,) = sample.generate(denoiser, DRAWS, [0], 1, "cpu", sample=GUIDED, labels=labels)
+    kept = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    run = runs.load_run(path)
+    weights = {name: -tensor for name, tensor in run.weights().items()}
+    hashes = runs.save_weights(path, weights, run.config)
+    runs.write_record(path, dataclasses.replace(run.record, weights=hashes))
+    try:
+        (after,) = sample.generate(denoiser, DRAWS, [0], 1, "cpu", sample=GUIDED, labels=labels)
+        assert not torch.equal(before, after)
+        lines = evaluate.evaluate(
+            denoiser, changed(DRAWS, sample=GUIDED), data.verify("grey"), 8, "cpu", "fp32", 4
+        )
+        assert lines[0]["classifier"]["weights"] == hashes
+    finally:
+        for name, content in kept.items():
+            (path / name).write_bytes(content)
+    mixed = home / "mixed"
+    shutil.copytree(home / "runs" / "lab" / "draws", mixed)
+    assert len(runs.load_run(mixed).distances(GUIDED)) == 2
+    files.append_line(mixed / "metrics.jsonl", lines[0])
+    with pytest.raises(ReproError, match="different weights, which are no curve"):
+        runs.load_run(mixed).distances(GUIDED)
+
+
+def test_a_val_split_of_other_classes_is_refused(home):
+    grey_images(home, "three", 2, classes=(10, 100, 200))
+    grey_images(home, "three-val", 2)
+    run = changed(CLASSIFIER, data=Data("three", classes=3))
+    with pytest.raises(ReproError, match="three-val and three differ in their classes"):
+        train.train(run, home / "three-run", "cpu")
+
+
 # Several runs ---------------------------------------------------------------------------------------
 
 
+def little(name):
+    """A run of one step, that measures nothing."""
+    return changed(DRAWS, name=name, train=dataclasses.replace(HOW, images=8), evaluate=Evaluate())
+
+
 def test_several_runs_are_trained_once_each_and_shared(home):
-    one, two, three = (
-        dataclasses.replace(DRAWS, name=f"lab/{name}", train=dataclasses.replace(HOW, images=8),
-                            evaluate=Evaluate())
-        for name in ("one", "two", "three")
-    )  # fmt: skip
+    one, two, three = (little(f"lab/{name}") for name in ("one", "two", "three"))
     out = home / "several"
-    with files.lock(out / "two"):  # as another process, which trains it, holds it
-        assert train.train_all([one, two], out, "cpu") == [out / "one"]
-    assert train.train_all([one, two, three], out, "cpu") == [out / "two", out / "three"]
-    assert train.train_all([one, two, three], out, "cpu") == []
+    with files.lock(out / "lab" / "two"):  # as another process, which trains it, holds it
+        assert train.train_all([one, two], out, "cpu") == [out / "lab" / "one"]
+    assert train.train_all([one, two, three], out, "cpu") == [out / "lab" / "two", out / "lab" / "three"]
+    noted = dataclasses.replace(one, note="What a resumed run may change makes it no other run.")
+    assert train.train_all([noted, two, three], out, "cpu") == []
     longer = dataclasses.replace(one, train=dataclasses.replace(one.train, images=16))
     assert train.train_all([longer], out, "cpu", minutes=1e-9) == []
-    assert train.train_all([longer], out, "cpu") == [out / "one"]
+    assert train.train_all([longer], out, "cpu") == [out / "lab" / "one"]
+    # a record that was cut before its samples is finished
+    record = runs.load_run(out / "lab" / "two").record
+    runs.write_record(out / "lab" / "two", dataclasses.replace(record, samples=None))
+    assert train.train_all([two], out, "cpu") == [out / "lab" / "two"]
+    assert runs.load_run(out / "lab" / "two").record.samples is not None
+
+
+def test_a_run_that_fails_does_not_keep_the_others_from_being_trained(home, capsys):
+    wild = dataclasses.replace(little("lab/wild"), train=dataclasses.replace(HOW, images=40, lr=1e30))
+    out = home / "failing"
+    with pytest.raises(ReproError, match="1 runs failed: lab/wild"):
+        train.train_all([wild, little("lab/good")], out, "cpu")
+    assert train.is_trained(little("lab/good"), out / "lab" / "good")
+    assert "lab/wild: the loss is" in capsys.readouterr().out
+    other = dataclasses.replace(little("lab/good"), parameterization="v")
+    with pytest.raises(ReproError, match="1 runs failed"):
+        train.train_all([other], out, "cpu")
+    assert "holds a run of other settings (parameterization)" in capsys.readouterr().out
 
 
 def test_several_runs_are_not_for_torchrun(home, monkeypatch):

@@ -95,6 +95,18 @@ def test_two_ways_that_do_not_differ_are_not_told_apart_more_often_than_said():
     assert abs(held / studies - 0.95) < 4 * math.sqrt(0.95 * 0.05 / studies)
 
 
+@pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
+def test_a_confidence_that_is_none_is_refused(confidence):
+    ways = {"a": [power(1), power(1.1)], "b": [power(2), power(2.1)]}
+    with pytest.raises(ReproError, match="confidence"):
+        compare.speed_up(ways, "a", "b", 15.0, confidence)
+
+
+def test_a_curve_with_a_hole_is_refused():
+    with pytest.raises(ReproError, match="positive"):
+        compare.images_to_reach(([1.0, 2.0, 3.0], [math.nan, 20.0, 10.0]), 15.0)
+
+
 def test_without_an_answer_there_is_none():
     ways = {"a": [power(1), power(1.1)], "b": [power(9), power(9.1)]}
     assert compare.speed_up(ways, "a", "b", min(power(1.1)[1]) * 1.001) is None  # b never reaches it

@@ -279,3 +279,30 @@ def test_to_uint8_rounds_to_the_nearest_level_and_clips():
         [-1.5, -1 + 0.49 * level, -1 + 0.51 * level, 1 - 0.51 * level, 1 - 0.49 * level, 7.0]
     )
     assert sample.to_uint8(images).tolist() == [0, 0, 1, 254, 255, 255]
+
+
+def test_noise_drawn_ahead_is_the_same_noise():
+    plain, ahead = (sample.SeedNoise([3, 8], (2, 4), ahead=ahead) for ahead in (False, True))
+    for _ in range(4):
+        torch.testing.assert_close(ahead(), plain(), rtol=0, atol=0)
+    assert plain.upcoming is None and ahead.upcoming is not None
+
+
+def test_only_stochastic_samplers_draw_ahead(monkeypatch):
+    asked = []
+    noise = sample.SeedNoise
+
+    def watched(*arguments, ahead=False):
+        asked.append(ahead)
+        return noise(*arguments, ahead=ahead)
+
+    monkeypatch.setattr(sample, "SeedNoise", watched)
+    for changes in ({}, {"churn": 1.0}, {"sampler": "ancestral", "eta": 1.0}, {"sampler": "ancestral"}):
+        images_of([0], 1, run=with_sample(RUN, **changes))
+    assert asked == [False, True, True, False]
+
+
+def test_noise_in_inference_mode():
+    expected = sample.SeedNoise([0, 1], (3, 8, 8))()
+    with torch.inference_mode():
+        torch.testing.assert_close(sample.SeedNoise([0, 1], (3, 8, 8))(), expected, rtol=0, atol=0)
