@@ -709,13 +709,13 @@ def check_data(run: config.Config, real: data.Dataset) -> None:
 
 
 def check_evaluations(run: config.Config, real: data.Dataset) -> None:
-    """Raise `ReproError` where what a run will be measured with is missing or unfit: better now than later."""
+    """Raise `ReproError` where what a run will be measured with is missing or unfit, before it is trained."""
     if run.evaluate.at and (run.evaluate.levels or run.model.kind == "classifier"):
         val = data.load(f"{run.data.name}-val")
         if val.classes != real.classes or val.images.shape[1:] != real.images.shape[1:]:
             raise ReproError(
-                f"{val.name} and {run.data.name} differ in their classes or the size of their images: prepare "
-                f"both from one source"
+                f"{val.name} and {run.data.name} differ in their classes or the size of their images: "
+                f"prepare both from one source"
             )
     for how in (run.sample, *run.evaluate.also):
         if how.guidance != 1 and not (run.data.classes and getattr(run.model, "null_class", False)):

@@ -300,7 +300,7 @@ def changed(run, **changes):
 @pytest.mark.parametrize(
     "run, message",
     [
-        (changed(DRAWS, data=Data("grey")), r"\(classes, side, channels\) \(2, 64, 3\), but lab/draws draws \(0, 64, 3\)"),
+        (changed(DRAWS, data=Data("grey")), r"channels\) \(2, 64, 3\), but lab/draws draws \(0, 64, 3\)"),
         (changed(DRAWS, evaluate=Evaluate(also=(Sample(guidance=2.0),)),
                  model=ViT(patch=16, width=32, depth=1, heads=2, null_class=False)),
          "has no null class, so it cannot be sampled with guidance 2"),
