@@ -4,8 +4,10 @@ Prints one JSON object: for each case, the largest error of each result beside P
 float64, relative to the largest value of that result.
 """
 
+import copy
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,10 +15,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from repro import config
 from repro.files import ReproError
 from repro.models import norm_kernels
 from repro.models.norm import GroupNorm
-from repro.models.unet import Map, ResidualBlock
+from repro.models.unet import ADMUNet, Map, ResidualBlock
 
 torch.set_default_device("cpu" if norm_kernels.INTERPRETED else "cuda")
 
@@ -145,6 +148,30 @@ def added():
     return results
 
 
+def network():
+    """A whole UNet, compiled, and its parameters' gradients, beside float64 without the kernels."""
+    model = config.UNet(channels=32, multipliers=(1, 2), blocks=2, attention=(4,), heads=2)
+    results = []
+    for resample_in_blocks in (True, False):
+        torch.manual_seed(0)
+        net = ADMUNet(replace(model, resample_in_blocks=resample_in_blocks), 8)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.copy_(0.1 * draw(*parameter.shape, seed=parameter.numel()))
+        net = net.to(memory_format=torch.channels_last)
+        x, t = draw(2, 3, 8, 8, seed=70), torch.tensor([3.0, 700.0])
+        y = torch.compile(net, backend="aot_eager")(x.float(), t)
+        grads = torch.autograd.grad((y * x.float()).sum(), list(net.parameters()))
+        exact = copy.deepcopy(net).double()
+        wide = exact(x, t)
+        wanted = torch.autograd.grad((wide * x).sum(), list(exact.parameters()))
+        # beside the largest gradient: those of biases before a norm of one channel a group are 0
+        largest = max(float(grad.abs().max()) for grad in wanted)
+        apart = [float((a.double() - b).abs().max()) / largest for a, b in zip(grads, wanted, strict=True)]
+        results += [*errors([y], [wide]), *apart]
+    return results
+
+
 def read():
     """How many maps the kernels read, of each kind, in a compiled block's backward pass."""
     launch, seen = norm_kernels.normalise_grad, []
@@ -230,6 +257,6 @@ if __name__ == "__main__":
     found["bfloat16"] = forward_and_gradients(dtype=torch.bfloat16)
     found |= {
         check.__name__: check()
-        for check in (beside, beside_alone, beside_twice, added, read, refused, taken, dropout)
+        for check in (beside, beside_alone, beside_twice, added, network, read, refused, taken, dropout)
     }
     print(json.dumps(found))

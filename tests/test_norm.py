@@ -41,8 +41,12 @@ def test_in_bfloat16_only_inputs_and_outputs_are_rounded(found):
     assert 1e-4 < max(found["bfloat16"]) < 2e-2
 
 
+def test_a_whole_network_with_the_kernels_is_the_network(found):
+    assert max(found["network"]) < 1e-4  # float32 through a dozen blocks
+
+
 def test_every_case_is_looked_at(found):
-    assert set(found) == {*FLOAT32, "bfloat16", "dropout", "read", "refused", "taken"}
+    assert set(found) == {*FLOAT32, "bfloat16", "dropout", "network", "read", "refused", "taken"}
 
 
 def test_dropout_drops_as_often_as_asked_and_independently(found):
