@@ -27,7 +27,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from repro import config, evaluate, files, presets, provenance, runs, train
-from repro.models.norm import GroupNorm
+from repro.models.norm import GroupNorm, added
 from repro.models.unet import InputConvolution, OutputConvolution, Resample
 
 PROTOTYPE = config.UNet(
@@ -47,8 +47,6 @@ class Variant:
     """Written plainly: `F.group_norm`, and maps that are joined and doubled before they are convolved."""
     batch: int = 256
     cuda_graphs: bool = False
-    plans: int = 10
-    """See `config.Train.cudnn_plans`."""
     forward: bool = True
     """Also time forward passes alone (which costs another compilation)."""
 
@@ -65,12 +63,13 @@ class PlainGroupNorm(GroupNorm):
 
     def beside(self, *parts, offset=None, silu=False, copies=1, more=()):
         """See `GroupNorm`."""
-        parts = (sum(more, parts[0]), *parts[1:])
-        return self(*parts, offset=offset, silu=silu), parts * copies
+        parts = added(parts, more)
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        return self(x, offset=offset, silu=silu), (x,) * copies
 
     def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0, more=()):
         """See `GroupNorm`."""
-        parts = (sum(more, parts[0]), *parts[1:])
+        parts = added(parts, more)
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         if offset is not None:
             x = x + offset.to(x.dtype).expand(x.shape[:2])[:, :, None, None]
@@ -195,10 +194,10 @@ def measure(name: str, only_compile: bool = False) -> dict:
     variant = VARIANTS[name]
     lab = presets.PRESETS["lab/celeba64-unet"]
     batch = variant.batch
-    settings = replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs, cudnn_plans=variant.plans)
+    settings = replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs)
     run = replace(lab, model=variant.model, train=settings)
     torch.backends.cudnn.benchmark = not only_compile
-    torch.backends.cudnn.benchmark_limit = variant.plans
+    torch.backends.cudnn.benchmark_limit = settings.cudnn_plans
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
     if variant.plain:
@@ -234,7 +233,7 @@ def measure(name: str, only_compile: bool = False) -> dict:
         "forward_gflop_computed": computed / 1e9,
         "batch": batch,
         "cuda_graphs": variant.cuda_graphs,
-        "cudnn_plans": variant.plans,
+        "cudnn_plans": settings.cudnn_plans,
         "matmul_tflops": matmul / 1e12,
         "train_images_per_second": batch / seconds,
         "train_tflops": 3 * flops * batch / seconds / 1e12,
@@ -283,8 +282,7 @@ def main(
     results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "repro.bench", "--out", str(Path(folder) / "one.json"), "--one"]
-        differing = {replace(VARIANTS[name], plans=0): name for name in names}.values()
-        for compiling in [subprocess.Popen([*command, name, "--only-compile"]) for name in differing]:
+        for compiling in [subprocess.Popen([*command, name, "--only-compile"]) for name in names]:
             compiling.wait()
         for name in names:
             if subprocess.run([*command, name]).returncode:

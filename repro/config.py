@@ -36,7 +36,18 @@ class Data:
 
 
 @dataclass(frozen=True, config=strict)
-class UNet:
+class _SplitsHeads:
+    """What the options of all networks with ADM's attention obey."""
+
+    @model_validator(mode="after")
+    def _one_way_to_split_heads(self):
+        if (self.head_channels is None) == (self.heads is None):
+            raise ValueError("give exactly one of head_channels and heads")
+        return self
+
+
+@dataclass(frozen=True, config=strict)
+class UNet(_SplitsHeads):
     """The UNet of ADM (Dhariwal and Nichol 2021)."""
 
     kind: Literal["unet"] = "unet"
@@ -60,12 +71,6 @@ class UNet:
     null_class: bool = True
     """One more class, the last, that means "no label"."""
 
-    @model_validator(mode="after")
-    def _one_way_to_split_heads(self):
-        if (self.head_channels is None) == (self.heads is None):
-            raise ValueError("give exactly one of head_channels and heads")
-        return self
-
 
 @dataclass(frozen=True, config=strict)
 class ViT:
@@ -85,7 +90,7 @@ class ViT:
 
 
 @dataclass(frozen=True, config=strict)
-class NoisyClassifier:
+class NoisyClassifier(_SplitsHeads):
     """ADM's noisy classifier: half a UNet with attention pooling. Its options are the UNet's."""
 
     kind: Literal["classifier"] = "classifier"
@@ -98,12 +103,6 @@ class NoisyClassifier:
     scale_shift_norm: bool = True
     resample_in_blocks: bool = True
     dropout: Share = 0.0
-
-    @model_validator(mode="after")
-    def _one_way_to_split_heads(self):
-        if (self.head_channels is None) == (self.heads is None):
-            raise ValueError("give exactly one of head_channels and heads")
-        return self
 
 
 Model = Annotated[UNet | ViT | NoisyClassifier, Field(discriminator="kind")]

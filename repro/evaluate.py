@@ -456,7 +456,10 @@ def by_level(
     real = data.load(f"{run.data.name}-val")
     batch = min(batch, len(real.images))
     sigmas = levels_of(model.schedule, count)
-    measure = (accuracy if run.model.kind == "classifier" else denoising_error)(model)
+    if run.model.kind == "classifier":
+        name, main, measure = "accuracy", "accuracies", accuracy(model)
+    else:
+        name, main, measure = "denoising error", "errors", denoising_error(model)
     sums: dict[str, Tensor] = {}
     for first in range(0, len(real.images), batch):
         rows = np.arange(first, min(first + batch, len(real.images)))
@@ -471,9 +474,8 @@ def by_level(
                 total = sums.setdefault(key, torch.zeros(count, dtype=torch.float64, device=device))
                 total[place] += values[: len(rows)].double().sum()
     means = {key: (total / len(real.images)).tolist() for key, total in sums.items()}
-    main = "accuracies" if "accuracies" in means else "errors"
     return {
-        "name": {"accuracies": "accuracy", "errors": "denoising error"}[main] + " by noise level",
+        "name": f"{name} by noise level",
         "value": float(np.mean(means[main])),
         "images": images_seen,
         "sigmas": sigmas.tolist(),

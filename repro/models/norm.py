@@ -61,7 +61,7 @@ class GroupNorm(nn.Module):
         """
         if self._can_fuse(parts, more):
             return self._fused(parts, more, scale, shift, offset, silu, dropout)
-        parts = _added(parts, more)
+        parts = added(parts, more)
         x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
         n, c = x.shape[:2]
         wide = x.double() if x.dtype == torch.float64 else x.float()
@@ -96,11 +96,11 @@ class GroupNorm(nn.Module):
         formed, which saves a pass over memory. copies: 2 gives a single part twice, for two uses. more: as in
         `forward`; the first part is given with them.
         """
-        if not self._can_fuse(parts, more):
-            parts = _added(parts, more)
-            return self(*parts, offset=offset, silu=silu), parts * copies
         if copies > 1 and len(parts) > 1:
             raise ReproError("only a single part can be given twice")
+        if not self._can_fuse(parts, more):
+            parts = added(parts, more)
+            return self(*parts, offset=offset, silu=silu), parts * copies
         y, *parts = self._fused(parts, more, None, None, offset, silu, 0.0, copies)
         return y, tuple(parts)
 
@@ -154,7 +154,7 @@ class _FusedGroupNorm(torch.autograd.Function):
     def backward(ctx, dy, *dbeside):
         first, second, weight, bias, k, seed, stats = ctx.saved_tensors
         groups, _, silu, dropout, *_ = ctx.how
-        added, added_2, shifted, moved = ctx.given
+        summed, summed_2, shifted, moved = ctx.given
         beside_1, beside_2 = (*dbeside, None, None)[:2]
         dfirst, dsecond, found = norm_kernels.normalise_grad(
             first, second, dy, beside_1, beside_2, seed, stats, groups, silu, dropout
@@ -167,13 +167,13 @@ class _FusedGroupNorm(torch.autograd.Function):
             dbias, dweight = (found[:, :2] * k[:, None]).sum(0)
             dk = du * weight + db * bias
         return (
-            dfirst, None if second is None else dsecond, dfirst if added else None,
-            dfirst if added_2 else None, dweight, dbias,
+            dfirst, None if second is None else dsecond, dfirst if summed else None,
+            dfirst if summed_2 else None, dweight, dbias,
             dk, db if shifted else None, do if moved else None, None, None,
         )  # fmt: skip
 
 
-def _added(parts: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def added(parts: tuple[Tensor, ...], more: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     """The parts, with `more` added to the first."""
     return (sum(more, parts[0]), *parts[1:])
 
