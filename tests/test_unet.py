@@ -315,7 +315,7 @@ def as_map(x, seed=9):
 def test_residual_block(scale_shift, factor, channels_out):
     block = scramble(ResidualBlock(32, channels_out, 16, 0.1, scale_shift, factor))
     x, emb = noise(3, 32, 6, 4), noise(3, 16, seed=3)
-    y, kept = block(as_map(x), emb, keep=True)
+    y, kept = block(as_map(x), block.emb(plain_silu(emb)), keep=True)
     torch.testing.assert_close(kept.whole(), x, rtol=0, atol=1e-14)
     y = y.whole()
     sides = {None: (6, 4), "up": (12, 8), "down": (3, 2)}[factor]
@@ -403,7 +403,7 @@ def test_dropout_comes_before_the_last_convolution():
     block = scramble(ResidualBlock(32, 32, 16, 1.0, True)).train()
     x = noise(3, 32, 4, 4)
     expected = x + block.conv_out.bias[:, None, None]
-    y, _ = block(as_map(x), noise(3, 16))
+    y, _ = block(as_map(x), block.emb(noise(3, 16)))
     torch.testing.assert_close(y.whole(), expected, rtol=0, atol=1e-14)
 
 
@@ -442,9 +442,9 @@ def test_starts_at_zero_and_blocks_start_as_the_identity():
     torch.manual_seed(0)
     net = ADMUNet(TINY, 8, 3, 5)
     assert (net(noise(3, 3, 8, 8).float(), TIMES, LABELS) == 0).all()
-    x, emb = noise(3, 32, 4, 4).float(), noise(3, 16).float()
+    x, condition = noise(3, 32, 4, 4).float(), noise(3, 64).float()
     h = Map(x, torch.zeros(32))
-    assert torch.equal(ResidualBlock(32, 32, 16, 0.0, True)(h, emb)[0].whole(), x)
+    assert torch.equal(ResidualBlock(32, 32, 16, 0.0, True)(h, condition)[0].whole(), x)
     assert torch.equal(Attention(32, 2)(h).whole(), x)
 
 

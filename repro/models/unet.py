@@ -7,6 +7,7 @@ LDM UNet can be another wiring of the same blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -92,13 +93,14 @@ class ResidualBlock(nn.Module):
         self.skip = nn.Identity() if same else nn.Conv2d(channels_in, channels_out, 1)
 
     def forward(
-        self, h: Map, emb: Float[Tensor, "n e"], skip: Map | None = None, keep: bool = False
+        self, h: Map, condition: Float[Tensor, "n _"], skip: Map | None = None, keep: bool = False
     ) -> tuple[Map, Map | None]:
-        """The block's output for an embedding of time and class; with `keep`, also its input for later use
-        (whose gradient is then added where the norm's is formed).
+        """The block's output; with `keep`, also its input for later use (whose gradient is then added where
+        the norm's is formed).
 
-        skip: more channels of the input (the decoder's skip connection). Both stay apart, since joining
-        them, and splitting the gradient, would cost a pass over memory each.
+        condition: emb(SiLU(embedding of time and class)), see `Encoder.conditions`. skip: more channels of
+        the input (the decoder's skip connection). Both stay apart, since joining them, and splitting the
+        gradient, would cost a pass over memory each.
         """
         maps = (h,) if skip is None else (h, skip)
         offset = torch.cat([map.offset for map in maps])
@@ -109,13 +111,13 @@ class ResidualBlock(nn.Module):
         if self.resample is not None:  # which leaves an offset as it is
             z, parts = self.resample(z), tuple(self.resample(part) for part in parts)
         z = F.conv2d(z, self.conv_in.weight, padding=1)  # its bias goes into the norm
-        bias, emb = self.conv_in.bias, self.emb(F.silu(emb))
+        bias = self.conv_in.bias
         dropout = self.dropout if self.training else 0.0
         if self.scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
+            scale, shift = condition.chunk(2, dim=1)
             z = self.norm_out(z, scale=scale, shift=shift, offset=bias, silu=True, dropout=dropout)
         else:
-            z = self.norm_out(z, offset=bias + emb, silu=True, dropout=dropout)
+            z = self.norm_out(z, offset=bias + condition, silu=True, dropout=dropout)
         beside, offset = self._skipped(parts, offset)
         more = (*beside, F.conv2d(z, self.conv_out.weight, padding=1))
         return Map(more[0], offset + self.conv_out.bias, more[1:]), kept
@@ -212,14 +214,25 @@ class Encoder(nn.Module):
         """The embedding of the time."""
         return self.time_out(F.silu(self.time_in(sinusoids(t, self.channels).to(dtype))))
 
+    def conditions(self, emb: Float[Tensor, "n e"]) -> Iterator[Float[Tensor, "n _"]]:
+        """What each residual block is conditioned on, in their order: its layer `emb` of SiLU(`emb`).
+
+        All by one product, since each by itself is too small to occupy a GPU.
+        """
+        layers = [block.emb for block in self.modules() if isinstance(block, ResidualBlock)]
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers])
+        all_of_them = F.linear(F.silu(emb), weight, bias)
+        return iter(all_of_them.split([layer.out_features for layer in layers], dim=1))
+
     def encode(
-        self, x: Float[Tensor, "n c h w"], emb: Float[Tensor, "n e"], keep: bool
+        self, x: Float[Tensor, "n c h w"], conditions: Iterator[Float[Tensor, "n _"]], keep: bool
     ) -> tuple[Map, list[Map | None]]:
         """The middle's output; with `keep`, also the maps on the way down, for the way up."""
         h = Map(self.conv_in(x), self.conv_in.bias)
         skips = []
         for step in (*self.encoder, self.middle):
-            h, kept = step(h, emb, keep=keep)
+            h, kept = step(h, conditions, keep=keep)
             skips.append(kept)
         return h, skips
 
@@ -269,9 +282,10 @@ class ADMUNet(Encoder):
         """What the network predicts, in the precision of `x`."""
         emb = self.embed_time(t, x.dtype)
         emb = emb + self._embed(labels, len(x)) if self.classes or labels is not None else emb  # n e
-        h, skips = self.encode(x, emb, keep=True)
+        conditions = self.conditions(emb)
+        h, skips = self.encode(x, conditions, keep=True)
         for step in self.decoder:
-            h, _ = step(h, emb, skips.pop())
+            h, _ = step(h, conditions, skips.pop())
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
             return self.conv_out(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True))  # n out h w
 
@@ -301,7 +315,7 @@ class NoisyClassifier(Encoder):
 
     def forward(self, x: Float[Tensor, "n c h w"], t: Float[Tensor, " n"]) -> Float[Tensor, "n classes"]:
         """Logits of the classes."""
-        h, _ = self.encode(x, self.embed_time(t, x.dtype), keep=False)
+        h, _ = self.encode(x, self.conditions(self.embed_time(t, x.dtype)), keep=False)
         return self.pool(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True)).float()
 
 
@@ -327,19 +341,23 @@ class AttentionPool(nn.Module):
 
 
 class Step(nn.ModuleList):
-    """Blocks in a row, with the embedding given to those that take it."""
+    """Blocks in a row; each residual block takes the next of the conditions."""
 
     def __init__(self, *blocks: nn.Module):
         super().__init__(blocks)
 
     def forward(
-        self, h: Map, emb: Float[Tensor, "n e"], skip: Map | None = None, keep: bool = False
+        self,
+        h: Map,
+        conditions: Iterator[Float[Tensor, "n _"]],
+        skip: Map | None = None,
+        keep: bool = False,
     ) -> tuple[Map, Map | None]:
         """Pass `h` through the blocks in turn; `skip` goes to the first. With `keep`, also `h` for later."""
         kept = None
         for place, block in enumerate(self):
             if isinstance(block, ResidualBlock):
-                h, before = block(h, emb, skip, keep and place == 0)
+                h, before = block(h, next(conditions), skip, keep and place == 0)
             elif isinstance(block, Resample):  # at a map's edge, no offset is like another
                 before = Map(h.whole(), torch.zeros_like(h.offset))
                 h = Map(block(before.x), block.conv.bias)
