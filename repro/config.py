@@ -226,7 +226,7 @@ class Train:
     compile: bool = True
     cuda_graphs: bool = False
     """Replay the compiled step as CUDA graphs: worth it where launching kernels takes longer than they do."""
-    cudnn_plans: Annotated[int, Field(ge=0)] = 10
+    cudnn_plans: Annotated[int, Field(ge=0)] = 30
     """Plans that cuDNN tries for each convolution, best guesses first; 0 tries all, which takes minutes."""
     state_every_images: int = 500_000
     """Images between two state files, from which a killed run resumes."""
