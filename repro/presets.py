@@ -75,7 +75,7 @@ _lab_imagenet64_classifier = Config(
     data=_imagenet64_subset,
     model=NoisyClassifier(channels=32, blocks=1, attention=(16, 8), head_channels=32, dropout=0.1),
     train=Train(
-        images=2_000_000,
+        images=1_000_000,
         lr=1e-3,
         weight_decay=0.05,
         warmup_images=50_000,
@@ -83,7 +83,7 @@ _lab_imagenet64_classifier = Config(
         ema_rampup=0.1,
         cuda_graphs=True,
     ),
-    evaluate=Evaluate(at=tuple(int(1e6 * m) for m in (0.125, 0.25, 0.5, 1, 2)), levels=25),
+    evaluate=Evaluate(at=tuple(int(1e6 * m) for m in (0.125, 0.25, 0.5, 1)), levels=25),
     note="Guides the samples of Figure 1 at lab scale: ADM's noisy classifier, small, on 20 classes.",
 )
 

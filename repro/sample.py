@@ -124,7 +124,9 @@ def _classifier(
     from repro import runs
 
     found = runs.load_run(name).classifier(device)
-    return found.with_net(torch.compile(found.net, dynamic=False)) if compiled else found
+    if not compiled:
+        return found
+    return found.with_net(torch.compile(found.net.to(memory_format=torch.channels_last), dynamic=False))
 
 
 @torch.no_grad()
