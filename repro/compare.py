@@ -55,21 +55,24 @@ class SpeedUp:
     """`faster`, `slower` or `undecided`: whether 1 lies outside the interval, and on which side."""
 
 
-def spread(ways: Mapping[str, Sequence[Curve]], target: float) -> tuple[float, int]:
+def spread(ways: Mapping[str, Sequence[Curve]], target: float) -> tuple[float, int] | None:
     """Standard deviation of ln(images to reach `target`) over seeds, pooled over ways, and its degrees of
-    freedom. Only ways with two or more seeds that all reach the target count.
-
-    Raises `ReproError` where there are none.
+    freedom. Where the seeds of a way do not all reach the target, it is taken where they last all are: at
+    the lowest distance that all of them reach. None where nothing is known of any.
     """
     squares, freedom = 0.0, 0
-    for curves in ways.values():
+    for way, curves in ways.items():
+        if len(curves) < 2:
+            continue
         logs = np.log([images_to_reach(curve, target) for curve in curves])
-        if len(logs) >= 2 and np.isfinite(logs).all():
-            squares += float(((logs - logs.mean()) ** 2).sum())
-            freedom += len(logs) - 1
-    if freedom == 0:
-        raise ReproError(f"no way of training reached {target:g} with two seeds or more: no spread is known")
-    return math.sqrt(squares / freedom), freedom
+        if not np.isfinite(logs).all():
+            lowest = common_target({way: curves})
+            logs = np.log([images_to_reach(curve, lowest) for curve in curves])
+        if not np.isfinite(logs).all():  # one is below the best of another from its first point on
+            continue
+        squares += float(((logs - logs.mean()) ** 2).sum())
+        freedom += len(logs) - 1
+    return (math.sqrt(squares / freedom), freedom) if freedom else None
 
 
 def speed_up(
@@ -79,20 +82,23 @@ def speed_up(
 
     The interval is Student's t, with the spread over seeds pooled over all `ways`: a way trained with one
     seed is taken to vary as the others do. Seeds count as independent: where ways share what a seed decides,
-    such as the order of the data, it is wider than it need be. None where either does not reach the target
-    with every seed, or was below it from its first measurement on.
+    such as the order of the data, it is wider than it need be. Where no way has several, nothing is
+    known of it: it goes from 0 to infinity, and the verdict is `undecided`. None where either does not reach
+    the target with every seed, or was below it from its first measurement on.
     """
     if not 0 < confidence < 1:
         raise ReproError(f"confidence must lie in (0, 1), not {confidence}")
     logs = [np.log([images_to_reach(curve, target) for curve in ways[way]]) for way in (fast, slow)]
     if not all(np.isfinite(values).all() for values in logs):
         return None
-    deviation, freedom = spread(ways, target)
     difference = float(logs[1].mean() - logs[0].mean())
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * deviation
-    half *= math.sqrt(1 / len(logs[0]) + 1 / len(logs[1]))
+    half = math.inf
+    if (known := spread(ways, target)) is not None:
+        deviation, freedom = known
+        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * deviation
+        half *= math.sqrt(1 / len(logs[0]) + 1 / len(logs[1]))
     verdict = "undecided" if abs(difference) <= half else "faster" if difference > 0 else "slower"
-    low, ratio, high = (math.exp(value) for value in (difference - half, difference, difference + half))
+    low, ratio, high = (float(np.exp(value)) for value in (difference - half, difference, difference + half))
     return SpeedUp(target, ratio, low, high, len(logs[0]), len(logs[1]), confidence, verdict)
 
 
@@ -116,3 +122,25 @@ def band(curves: Sequence[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray, n
         raise ReproError("curves of several seeds must be measured at the same images")
     logs = np.log([values for _, values in curves])
     return images, np.exp(logs.mean(0)), np.exp(logs.min(0)), np.exp(logs.max(0))
+
+
+def leads_from(fast: Sequence[Curve], slow: Sequence[Curve]) -> float | None:
+    """Images from which on, up to the end, the mean curve of `fast` is below that of `slow`; else none.
+
+    Measured where both were: raises `ReproError` where they were measured at other images.
+    """
+    images, one, *_ = band(fast)
+    others, other, *_ = band(slow)
+    if len(images) != len(others) or (images != others).any():
+        raise ReproError("curves that are compared must be measured at the same images")
+    behind = np.flatnonzero(one >= other)
+    after = 0 if len(behind) == 0 else behind[-1] + 1
+    return float(images[after]) if after < len(images) else None
+
+
+def pooled_deviation(groups: Mapping[str, Sequence[float]]) -> float | None:
+    """Standard deviation of ln(value) within groups, pooled over those of two or more; none without any."""
+    logs = [np.log(values) for values in groups.values() if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in logs)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in logs)
+    return math.sqrt(squares / freedom) if freedom else None

@@ -277,6 +277,16 @@ class Run:
             )
         return [last[images] for images in sorted(last)]
 
+    def curve(self, how: config.Sample) -> tuple[list[int], list[float]]:
+        """Images seen and the distance there, of images drawn as `how` says (see `distances`)."""
+        lines = self.distances(how)
+        return [line["images"] for line in lines], [line["value"] for line in lines]
+
+    @property
+    def finished(self) -> bool:
+        """Whether the recorded weights have seen all images that were planned."""
+        return self.record.images >= self.config.train.images
+
 
 def root_folder(root: str | Path | None = None) -> Path:
     """The folder of recorded runs: `root`, else the environment variable REPRO_RUNS, else paper/runs."""

@@ -726,7 +726,7 @@ def check_evaluations(run: config.Config, real: data.Dataset) -> None:
             continue
         guide = runs.load_run(how.classifier)
         guide.classifier()
-        if guide.record.images < guide.config.train.images:
+        if not guide.finished:
             raise ReproError(f"the classifier {how.classifier} is not trained to its end yet")
         theirs, ours = ((d.classes, d.resolution, d.channels) for d in (guide.config.data, run.data))
         if theirs != ours:

@@ -110,8 +110,6 @@ def test_a_curve_with_a_hole_is_refused():
 def test_without_an_answer_there_is_none():
     ways = {"a": [power(1), power(1.1)], "b": [power(9), power(9.1)]}
     assert compare.speed_up(ways, "a", "b", min(power(1.1)[1]) * 1.001) is None  # b never reaches it
-    with pytest.raises(ReproError, match="no spread is known"):
-        compare.speed_up({"a": [power(1)], "b": [power(2)]}, "a", "b", 15.0)
 
 
 def test_a_common_target_is_one_that_all_reach():
@@ -134,3 +132,44 @@ def test_a_band_is_the_geometric_mean_and_the_extremes():
     np.testing.assert_allclose(high, power(4)[1])
     with pytest.raises(ReproError, match="same images"):
         compare.band([power(1), (IMAGES[:-1], power(1)[1][:-1])])
+
+
+def test_without_several_seeds_nothing_is_known_of_the_interval():
+    found = compare.speed_up({"fast": [power(1)], "slow": [power(2)]}, "fast", "slow", 15.0)
+    assert (found.ratio, found.low, found.high) == (pytest.approx(2), 0, math.inf)
+    assert found.verdict == "undecided"
+
+
+@given(st.integers(0, 7), st.integers(0, 7))
+def test_a_way_leads_from_after_the_last_point_where_it_was_behind(first, second):
+    fast = np.full(8, 10.0)
+    slow = np.full(8, 11.0)
+    fast[[first, second]] = 11.0, 12.0  # as far, and farther
+    last = max(first, second)
+    expected = None if last == 7 else IMAGES[last + 1]
+    assert compare.leads_from([(IMAGES, fast.tolist())], [(IMAGES, slow.tolist())]) == expected
+    assert compare.leads_from([(IMAGES, [9.0] * 8)], [(IMAGES, slow.tolist())]) == IMAGES[0]
+
+
+def test_the_mean_over_seeds_decides_who_leads():
+    behind = [(IMAGES, [10.0] * 8)]
+    ahead = [(IMAGES, [5.0] * 8), (IMAGES, [19.0] * 8)]  # geometric mean 9.7
+    assert compare.leads_from(ahead, behind) == IMAGES[0]
+    with pytest.raises(ReproError, match="same images"):
+        compare.leads_from([(IMAGES[1:], [10.0] * 7)], behind)
+
+
+def test_the_pooled_deviation_by_hand():
+    groups = {"a": [2.0, 2.2, 1.9], "b": [7.0, 8.0], "alone": [3.0]}
+    squares = 2 * np.log(groups["a"]).var(ddof=1) + np.log(groups["b"]).var(ddof=1)
+    assert compare.pooled_deviation(groups) == pytest.approx(math.sqrt(squares / 3))
+    assert compare.pooled_deviation({"alone": [3.0]}) is None
+
+
+def test_seeds_that_do_not_reach_the_target_vary_as_they_do_where_they_last_all_are():
+    late = [power(20), power(22)]  # neither reaches 15
+    assert compare.spread({"late": late, "alone": [power(1)]}, 15.0) == pytest.approx(
+        (math.log(1.1) / math.sqrt(2), 1)
+    )
+    below = [power(1), power(1.1)]  # both are below 100 from their first point on
+    assert compare.spread({"below": below}, 100.0) == pytest.approx((math.log(1.1) / math.sqrt(2), 1))

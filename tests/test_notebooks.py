@@ -2,13 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import nbformat
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import stats
 
-from repro import paper, provenance, render, runs
+from repro import files, paper, presets, provenance, render, runs
 from repro.files import ReproError
 
 ID = "fig9_celeba64_unet"
@@ -68,6 +70,60 @@ def test_another_runs_samples_stop_the_notebook(tmp_path, monkeypatch):
     assert runs.read_record(folder / "run.json") != record
     with pytest.raises(ReproError, match="not what its weights draw"):
         runs.load_run("lab/celeba64-unet", tmp_path / "runs").check_samples(1)
+
+
+def made_up_arm(folder, arm, suffix, scale, error):
+    """A record of the arm: a distance that falls as a power of images, each reached `scale` times later."""
+    source = runs.load_run("lab/imagenet64-x0-constant")
+    known = presets.preset(f"lab/imagenet64-{arm}")
+    name = f"{known.name}{suffix}"
+    record = replace(source.record, config=replace(known, name=name), weights={}, samples=None)
+    runs.write_record(folder / name, record)
+    for line in source.metrics:
+        if "sample" in line:
+            line = {**line, "value": 300 * (line["images"] / 1e6 / scale) ** -0.8}
+        elif "errors" in line:
+            line = {**line, "errors": [error] * len(line["errors"])}
+        files.append_line(folder / name / "metrics.jsonl", line)
+
+
+def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkeypatch):
+    folder = tmp_path / "runs"
+    (folder / "lab").mkdir(parents=True)
+    shutil.copytree(runs.RECORDED / "lab" / "imagenet64-classifier", folder / "lab" / "imagenet64-classifier")
+    for suffix, luck in (("", 1.0), ("-seed1", 1.05), ("-seed2", 1 / 1.05)):
+        made_up_arm(folder, "x0-minsnr5", suffix, luck, 0.1)
+        made_up_arm(folder, "x0-constant", suffix, 1.5 / luck, 0.2)
+    made_up_arm(folder, "x0-minsnr5", "-again", 1.02, 0.1)
+    made_up_arm(folder, "eps-minsnr5", "", 1.0, 0.1)
+    made_up_arm(folder, "eps-constant", "", 1.01, 0.1)
+    made_up_arm(folder, "v-minsnr5", "", 2.0, 0.1)
+    made_up_arm(folder, "v-constant", "", 1.0, 0.1)
+    monkeypatch.setenv("REPRO_RUNS", str(folder))
+    render.render("fig1_pixel_ablation", out=tmp_path / "paper")
+    values = json.loads((tmp_path / "paper" / "values" / "fig1_pixel_ablation.json").read_text())["values"]
+    found = values["speed_ups"]["guided"]
+    verdicts = {pair: way["verdict"] for pair, way in found.items()}
+    assert verdicts == {
+        "x0-minsnr5/x0-constant": "faster",
+        "eps-minsnr5/eps-constant": "undecided",
+        "v-minsnr5/v-constant": "slower",
+    }
+    way = found["x0-minsnr5/x0-constant"]
+    assert way["ratio"] == pytest.approx(1.5, rel=1e-4)
+    half = stats.t.ppf(0.975, 4) * np.log(1.05) * np.sqrt(2 / 3)  # both arms' deviation is ln 1.05
+    assert way["interval"] == pytest.approx([1.5 * np.exp(-half), 1.5 * np.exp(half)], rel=1e-4)
+    assert (
+        way["leads_from"] == pytest.approx(176_896, rel=1e-5)
+        and found["v-minsnr5/v-constant"]["leads_from"] is None
+    )
+    assert values["noise"]["same training seed, trained twice"] == pytest.approx(
+        0.8 * np.log(1.02) / np.sqrt(2), rel=1e-4
+    )
+    assert values["missing"] == [
+        arm for arm in presets.ARMS if arm.split("-")[1] not in ("constant", "minsnr5")
+    ]
+    assert values["runs"] == 10
 
 
 def test_notebooks_hold_no_outputs_functions_or_classes():

@@ -230,6 +230,7 @@ def test_distances_are_those_of_one_sampler_and_network_by_images_seen(root):
     for one in lines:
         files.append_line(root / NAME / "metrics.jsonl", one)
     assert [(m["images"], m["value"]) for m in load(root).distances(RUN.sample, 10)] == [(4, 2), (8, 3)]
+    assert load(root).curve(replace(RUN.sample, steps=RUN.sample.steps + 1)) == ([], [])
 
 
 def test_the_committed_runs_are_whole():
