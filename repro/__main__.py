@@ -195,7 +195,7 @@ class EvaluateOptions:
     """JSON file of a list of samplers, [{"sampler": "ancestral", "eta": 1}, {"steps": 30}, ...]: measure each
     in turn, on a network compiled once. What does not name a sampler changes the run's own."""
     compile: bool = False
-    """Compile the network first: worth it from some thousand images on a GPU."""
+    """Compile the network, and replay it as a CUDA graph: worth it from some thousand images on a GPU."""
     device: Device = None
     """By default the GPU if there is one."""
 
@@ -233,6 +233,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
             fits,
             options.neighbours,
             network,
+            options.compile,
         )
         for line in lines if place.first else []:
             print(

@@ -330,13 +330,15 @@ def evaluate(
     batch: int = 500,
     neighbours: bool = False,
     network: nn.Module | None = None,
+    cuda_graphs: bool = False,
 ) -> list[dict]:
     """Draw samples as `run.sample` and `run.evaluate` say and measure them: lines for metrics.jsonl.
 
     The first line is the Fréchet distance to all images of the run's data set, whose pixels have
     `fingerprint`. With `neighbours`, a second line gives how close samples, and held-out images, are to
-    their nearest training images. network: the feature network, where it is loaded already. Under
-    torch.distributed each process draws its share of the seeds and all return the same lines.
+    their nearest training images. network: the feature network, where it is loaded already. cuda_graphs:
+    as in `sample.generate`. Under torch.distributed each process draws its share of the seeds and all return
+    the same lines.
     """
     began = time.perf_counter()
     how = run.evaluate
@@ -350,7 +352,8 @@ def evaluate(
     moments = Moments(network.dimension, device, origin=known.mean)
     kept = []
     for batch_features in features_of(
-        network, sample.generate(denoiser, run, seeds, batch, device, precision)
+        network,
+        sample.generate(denoiser, run, seeds, batch, device, precision, cuda_graphs=cuda_graphs),
     ):
         moments.add(batch_features)
         kept.append(batch_features.cpu())

@@ -198,7 +198,8 @@ def _arms() -> list[Config]:
             weight=weight,
             train=replace(base.train, seed=seed),
             record_weights=not suffix,
-            note=f"{note}{', trained again from the same seed' if suffix == '-again' else ''}.",
+            note=f"{note}{', trained again from the same seed' if suffix == '-again' else ''}."
+            f"{' Its weights are not recorded.' if suffix else ''}",
         )
 
     lab = [arm(_lab_arm, name) for name in ARMS]

@@ -394,7 +394,7 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config)
 
 
 def forget_weights(path: Path, record: Record) -> Record:
-    """Remove the weights of a recorded run, and return the record, which says so."""
+    """Remove the weights of a recorded run, and return the record, which then names none."""
     record = replace(record, weights={})
     write_record(path, record)
     for file in path.glob("weights-*.safetensors"):

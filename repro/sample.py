@@ -129,16 +129,65 @@ def _classifier(
     return found.with_net(torch.compile(found.net.to(memory_format=torch.channels_last), dynamic=False))
 
 
+class Captured:
+    """A denoiser called as D(x, sigma, labels), after a few calls as one CUDA graph.
+
+    Launching the kernels of a network, and of a classifier's gradient, takes longer than many of them do. The
+    graph reads its inputs from fixed places on the GPU and the weights where they lie. All calls must have
+    inputs of one shape, sigma one number, and no autocast that keeps cast weights between calls (see
+    `generate`); what is captured may not wait for the GPU.
+    """
+
+    WARM_UP = 3
+    """Calls before the graph is captured: compilation, and cuDNN's and Triton's choices."""
+
+    def __init__(self, denoise: guidance.LabelledDenoiser):
+        self.denoise, self.calls, self.graph = denoise, 0, None
+        self.side = torch.cuda.Stream()
+
+    def __call__(
+        self, x: Float[Tensor, "n c h w"], sigma: Float[Tensor, ""], labels: Int[Tensor, " n"] | None
+    ) -> Float[Tensor, "n c h w"]:
+        """D(x, sigma, labels)."""
+        if self.calls < self.WARM_UP:
+            self.calls += 1
+            stream = torch.cuda.current_stream()
+            self.side.wait_stream(stream)
+            with torch.cuda.stream(self.side):
+                D_x = self.denoise(x, sigma, labels)
+            stream.wait_stream(self.side)
+            x.record_stream(self.side)
+            D_x.record_stream(stream)
+            return D_x
+        given = (x, sigma, *(() if labels is None else (labels,)))
+        if self.graph is None:
+            self.given = tuple(tensor.to(x.device, copy=True) for tensor in given)
+            self.graph = torch.cuda.CUDAGraph()
+            # the thread that draws noise may ask for pinned memory meanwhile
+            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
+                self.D_x = self.denoise(*self.given, *((None,) if labels is None else ()))
+        for mine, tensor in zip(self.given, given, strict=True):
+            if mine.shape != tensor.shape:
+                raise ValueError(f"captured for inputs of {tuple(mine.shape)}, given {tuple(tensor.shape)}")
+            mine.copy_(tensor)
+        self.graph.replay()
+        return self.D_x.clone()
+
+
 @torch.no_grad()
 def sample_batch(
     denoiser: Denoiser,
     sample: config.Sample,
     noise: Callable[[], Float[Tensor, "n c h w"]],
     labels: Int[Tensor, " n"] | None = None,
+    labelled: guidance.LabelledDenoiser | None = None,
 ) -> Float[Tensor, "n c h w"]:
-    """One batch of images, float64 about [-1, 1]. `noise` gives the start, then what the sampler needs."""
+    """One batch of images, float64 about [-1, 1]. `noise` gives the start, then what the sampler needs.
+
+    labelled: the denoiser under its guidance, where the caller has it.
+    """
     sigmas = schedules.grid_for(denoiser.schedule, sample)
-    labelled = guided(denoiser, sample)
+    labelled = labelled or guided(denoiser, sample)
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
         return labelled(x, sigma, labels)
@@ -169,13 +218,16 @@ def generate(
     precision: str = "fp32",
     sample: config.Sample | None = None,
     labels: Int[Tensor, " all"] | None = None,
+    cuda_graphs: bool = False,
 ) -> Iterator[UInt8[Tensor, "n c h w"]]:
     """Images for `seeds`, in order, as uint8 batches on `device`.
 
     denoiser: on `device`, possibly with a compiled network. precision: "fp32", or "bf16" for autocast.
     sample: how to sample; by default as the run's configuration says. labels: a class for each seed;
     by default drawn from the seeds. Every batch has exactly `batch` images, the last one filled up by
-    repeating its last seed and cut again, since a compiled network has fixed shapes.
+    repeating its last seed and cut again, since a compiled network has fixed shapes. cuda_graphs: on a GPU,
+    replay network and guidance as a CUDA graph; worth it from some ten steps on. Without effect on a limited
+    guidance interval, which looks at sigma.
     """
     if precision not in ("fp32", "bf16"):
         raise ReproError(f"unknown precision {precision!r}; known are fp32, bf16")
@@ -184,13 +236,19 @@ def generate(
     shape = (run.data.channels, run.data.resolution, run.data.resolution)
     if labels is None and run.data.classes:
         labels = labels_for(seeds, run.data.classes)
+    labelled = guided(denoiser, sample)
+    graphs = cuda_graphs and torch.device(device).type == "cuda" and sample.guidance_interval is None
+    if graphs:
+        labelled = Captured(labelled)
+    # weights that autocast has cast once would be freed while the graph still reads them
+    cast = {"enabled": precision == "bf16", "cache_enabled": not graphs}
     for first in range(0, len(seeds), batch):
         chosen = list(range(first, min(first + batch, len(seeds))))
         padded = chosen + [chosen[-1]] * (batch - len(chosen))
         noise = SeedNoise([seeds[i] for i in padded], shape, device, ahead=sample.eta > 0 or sample.churn > 0)
         some = None if labels is None else labels[padded].to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
-            images = sample_batch(denoiser, sample, noise, some)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, **cast):
+            images = sample_batch(denoiser, sample, noise, some, labelled)
         yield to_uint8(images[: len(chosen)])
 
 

@@ -768,6 +768,7 @@ def measured(
             yield from evaluate.evaluate(
                 trainer.ema_denoiser, replace(run, sample=how), trainer.fingerprint, trainer.images, device,
                 precision, evaluation_batch(run), last and how == run.sample and len(held_out) > 0, network,
+                run.train.cuda_graphs,
             )  # fmt: skip
         if last and run.evaluate.levels:
             yield by_level(run.evaluate.levels)

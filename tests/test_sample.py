@@ -9,7 +9,7 @@ import torch
 from exact import ExactNet, Gaussian, Mixture
 from scipy import stats
 
-from repro import config, denoiser, sample, samplers, schedules
+from repro import config, denoiser, runs, sample, samplers, schedules
 
 MIXTURE = Mixture()
 RUN = config.Config(
@@ -306,3 +306,26 @@ def test_noise_in_inference_mode():
     expected = sample.SeedNoise([0, 1], (3, 8, 8))()
     with torch.inference_mode():
         torch.testing.assert_close(sample.SeedNoise([0, 1], (3, 8, 8))(), expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_sampling_by_a_cuda_graph_is_sampling(precision, compiled):
+    """Of a recorded network, with its classifier and without: two batches, the last not whole."""
+    recorded = runs.load_run("lab/imagenet64-x0-minsnr5")
+    D = recorded.denoiser("cuda")
+    if compiled:
+        D.net = torch.compile(D.net, dynamic=False)
+    for how in (recorded.config.sample, *recorded.config.evaluate.also):
+        one, other = (
+            torch.cat(
+                list(
+                    sample.generate(
+                        D, recorded.config, range(7), 4, "cuda", precision, how, cuda_graphs=graphs
+                    )
+                )
+            ).float()
+            for graphs in (False, True)
+        )
+        assert (one - other).abs().mean() < (0.05 if precision == "fp32" else 1)
