@@ -179,6 +179,7 @@ _paper_arm = replace(
         samples=50_000,
         features="inception",
         also=tuple(replace(how, classifier="paper/imagenet64-classifier") for how in _lab_arm.evaluate.also),
+        levels=40,
     ),
 )
 

@@ -413,6 +413,29 @@ def save_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"], rows: int, co
     return files.sha256(path / "samples.png")
 
 
+def check_comparable(some: Sequence[Run], may_differ: Sequence[str]) -> None:
+    """Raise `ReproError` where runs differ in more than is compared, naming the run and the setting.
+
+    may_differ: dotted names of settings, or of groups of them ("weight"). Besides these, and the runs' names
+    and notes, all must have the same settings, the same pixels, and have seen as many images.
+    """
+    free = ("name", "note", "record_weights", *may_differ)
+    for run in some[1:]:
+        apart = [
+            name
+            for name in differences(some[0].config, run.config)
+            if not any(name == known or name.startswith(f"{known}.") for known in free)
+        ]
+        if some[0].record.data.fingerprint != run.record.data.fingerprint:
+            apart.append("the data's pixels")
+        if some[0].record.images != run.record.images:
+            apart.append("images seen")
+        if apart:
+            raise ReproError(
+                f"{run.name} and {some[0].name} cannot be compared: they differ in {', '.join(apart)}"
+            )
+
+
 def differences(one: config.Config, other: config.Config) -> list[str]:
     """Dotted names of the settings in which two configurations differ."""
 

@@ -134,16 +134,15 @@ class Captured:
 
     Launching the kernels of a network, and of a classifier's gradient, takes longer than many of them do. The
     graph reads its inputs from fixed places on the GPU and the weights where they lie. All calls must have
-    inputs of one shape, sigma one number, and no autocast that keeps cast weights between calls (see
-    `generate`); what is captured may not wait for the GPU.
+    inputs of one shape, and sigma one number; what is captured may not wait for the GPU. Weights must not
+    require gradients: autocast would keep cast ones for a while only, and the graph would read them later.
     """
 
     WARM_UP = 3
     """Calls before the graph is captured: compilation, and cuDNN's and Triton's choices."""
 
     def __init__(self, denoise: guidance.LabelledDenoiser):
-        self.denoise, self.calls, self.graph = denoise, 0, None
-        self.side = torch.cuda.Stream()
+        self.denoise, self.calls, self.side, self.graph = denoise, 0, None, None
 
     def __call__(
         self, x: Float[Tensor, "n c h w"], sigma: Float[Tensor, ""], labels: Int[Tensor, " n"] | None
@@ -151,7 +150,8 @@ class Captured:
         """D(x, sigma, labels)."""
         if self.calls < self.WARM_UP:
             self.calls += 1
-            stream = torch.cuda.current_stream()
+            stream = torch.cuda.current_stream(x.device)
+            self.side = self.side or torch.cuda.Stream(x.device)
             self.side.wait_stream(stream)
             with torch.cuda.stream(self.side):
                 D_x = self.denoise(x, sigma, labels)
@@ -237,17 +237,14 @@ def generate(
     if labels is None and run.data.classes:
         labels = labels_for(seeds, run.data.classes)
     labelled = guided(denoiser, sample)
-    graphs = cuda_graphs and torch.device(device).type == "cuda" and sample.guidance_interval is None
-    if graphs:
+    if cuda_graphs and torch.device(device).type == "cuda" and sample.guidance_interval is None:
         labelled = Captured(labelled)
-    # weights that autocast has cast once would be freed while the graph still reads them
-    cast = {"enabled": precision == "bf16", "cache_enabled": not graphs}
     for first in range(0, len(seeds), batch):
         chosen = list(range(first, min(first + batch, len(seeds))))
         padded = chosen + [chosen[-1]] * (batch - len(chosen))
         noise = SeedNoise([seeds[i] for i in padded], shape, device, ahead=sample.eta > 0 or sample.churn > 0)
         some = None if labels is None else labels[padded].to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, **cast):
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             images = sample_batch(denoiser, sample, noise, some, labelled)
         yield to_uint8(images[: len(chosen)])
 

@@ -250,3 +250,29 @@ def test_the_committed_runs_are_whole():
             assert any(m["images"] == run.record.images for m in run.distances(run.sample))
         for path in run.path.glob("weights-*"):
             assert path.stat().st_size <= 15 * 2**20
+
+
+def test_runs_that_differ_in_more_than_is_compared_are_named(root):
+    run = load(root)
+    free = ["parameterization", "weight", "train.seed"]
+
+    def other(images=run.record.images, fingerprint=run.record.data.fingerprint, **changes):
+        used = dataclasses.replace(run.record.data, fingerprint=fingerprint)
+        changed = dataclasses.replace(run.config, name="test/other", note="another", **changes)
+        return runs.Run(
+            "test/other",
+            run.path,
+            dataclasses.replace(run.record, config=changed, data=used, images=images),
+        )
+
+    seeded = dataclasses.replace(run.config.train, seed=run.config.train.seed + 1)
+    gamma = dataclasses.replace(run.config.weight, gamma=3.0)
+    runs.check_comparable([run, other(), other(train=seeded, weight=gamma, parameterization="v")], free)
+    faster = dataclasses.replace(run.config.train, lr=2 * run.config.train.lr)
+    for apart, message in (
+        (other(train=faster), "train.lr"),
+        (other(fingerprint="0" * 64), "the data's pixels"),
+        (other(images=1), "images seen"),
+    ):
+        with pytest.raises(ReproError, match=f"test/other and .* cannot be compared: .*{message}"):
+            runs.check_comparable([run, apart], free)
