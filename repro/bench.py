@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from repro import config, evaluate, files, presets, provenance, runs, train
+from repro import config, cuda_graph, evaluate, files, presets, provenance, runs, train
 from repro.models.norm import GroupNorm, added
 from repro.models.unet import InputConvolution, OutputConvolution, Resample
 
@@ -217,7 +217,7 @@ def measure(name: str, only_compile: bool = False) -> dict:
 
     began = time.perf_counter()
     for work in (step, forward) if variant.forward else (step,):
-        for _ in range(1 if only_compile else train.WARM_UP + 1):  # the last captures a graph
+        for _ in range(1 if only_compile else cuda_graph.WARM_UP + 1):  # the last captures a graph
             work()
     torch.cuda.synchronize()
     seconds_to_start = round(time.perf_counter() - began, 1)

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from repro import classifier, config, guidance, samplers, schedules
+from repro import classifier, config, cuda_graph, guidance, samplers, schedules
 from repro.denoiser import Denoiser
 from repro.files import ReproError
 
@@ -129,49 +129,20 @@ def _classifier(
     return found.with_net(torch.compile(found.net.to(memory_format=torch.channels_last), dynamic=False))
 
 
-class Captured:
-    """A denoiser called as D(x, sigma, labels), after a few calls as one CUDA graph.
+def captured(denoise: guidance.LabelledDenoiser) -> guidance.LabelledDenoiser:
+    """The same denoiser, after a few calls as one CUDA graph: network, guidance and a classifier's gradient.
 
-    Launching the kernels of a network, and of a classifier's gradient, takes longer than many of them do. The
-    graph reads its inputs from fixed places on the GPU and the weights where they lie. All calls must have
-    inputs of one shape, and sigma one number; what is captured may not wait for the GPU. Weights must not
-    require gradients: autocast would keep cast ones for a while only, and the graph would read them later.
+    For inputs of one shape on one GPU, and sigma one number. Weights must not require gradients: autocast
+    would keep cast ones for a while only, and the graph would read them later.
     """
+    replay = cuda_graph.Captured(lambda x, sigma, labels=None: denoise(x, sigma, labels))
 
-    WARM_UP = 3
-    """Calls before the graph is captured: compilation, and cuDNN's and Triton's choices."""
-
-    def __init__(self, denoise: guidance.LabelledDenoiser):
-        self.denoise, self.calls, self.side, self.graph = denoise, 0, None, None
-
-    def __call__(
-        self, x: Float[Tensor, "n c h w"], sigma: Float[Tensor, ""], labels: Int[Tensor, " n"] | None
+    def replayed(
+        x: Float[Tensor, "n c h w"], sigma: Float[Tensor, ""], labels: Int[Tensor, " n"] | None
     ) -> Float[Tensor, "n c h w"]:
-        """D(x, sigma, labels)."""
-        if self.calls < self.WARM_UP:
-            self.calls += 1
-            stream = torch.cuda.current_stream(x.device)
-            self.side = self.side or torch.cuda.Stream(x.device)
-            self.side.wait_stream(stream)
-            with torch.cuda.stream(self.side):
-                D_x = self.denoise(x, sigma, labels)
-            stream.wait_stream(self.side)
-            x.record_stream(self.side)
-            D_x.record_stream(stream)
-            return D_x
-        given = (x, sigma, *(() if labels is None else (labels,)))
-        if self.graph is None:
-            self.given = tuple(tensor.to(x.device, copy=True) for tensor in given)
-            self.graph = torch.cuda.CUDAGraph()
-            # the thread that draws noise may ask for pinned memory meanwhile
-            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
-                self.D_x = self.denoise(*self.given, *((None,) if labels is None else ()))
-        for mine, tensor in zip(self.given, given, strict=True):
-            if mine.shape != tensor.shape:
-                raise ValueError(f"captured for inputs of {tuple(mine.shape)}, given {tuple(tensor.shape)}")
-            mine.copy_(tensor)
-        self.graph.replay()
-        return self.D_x.clone()
+        return replay(x, sigma.to(x.device), *(() if labels is None else (labels,)))
+
+    return replayed
 
 
 @torch.no_grad()
@@ -238,7 +209,7 @@ def generate(
         labels = labels_for(seeds, run.data.classes)
     labelled = guided(denoiser, sample)
     if cuda_graphs and torch.device(device).type == "cuda" and sample.guidance_interval is None:
-        labelled = Captured(labelled)
+        labelled = captured(labelled)
     for first in range(0, len(seeds), batch):
         chosen = list(range(first, min(first + batch, len(seeds))))
         padded = chosen + [chosen[-1]] * (batch - len(chosen))

@@ -31,15 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repro import config, data, evaluate, files, provenance, runs, sample, weights
+from repro import config, cuda_graph, data, evaluate, files, provenance, runs, sample, weights
 from repro.classifier import Classifier
 from repro.denoiser import Denoiser
 from repro.files import ReproError
 
 STATE = "state.safetensors"
-
-WARM_UP = 3
-"""Steps launched kernel by kernel (which compiles and tunes them) before one is captured as a CUDA graph."""
 
 MAY_CHANGE = (
     "train.images",
@@ -265,7 +262,7 @@ class Trainer:
         self.sessions: list[runs.Session] = []
 
         self.graphs = run.train.cuda_graphs and on_gpu
-        self.graph, self.warmed_up, self.side = None, 0, None
+        self.captured: cuda_graph.Captured | None = None
         net = torch.compile(self.net, dynamic=False) if run.train.compile else self.net
         self.average_gradients = None
         if place.world > 1 and self.graphs:
@@ -348,32 +345,16 @@ class Trainer:
         The graph reads its inputs, learning rate and EMA share from fixed places on the device; dropout
         follows the default generator's seed as set before each replay. Capturing changes no weights.
         """
-        stream = torch.cuda.current_stream()
-        if self.warmed_up < WARM_UP:
-            self.warmed_up += 1
-            self.side = self.side or torch.cuda.Stream()
-            self.side.wait_stream(stream)
-            with torch.cuda.stream(self.side):
-                loss = self._update(*given)
-            stream.wait_stream(self.side)
-            return loss
-        if self.graph is None:
-            self.given = tuple(tensor.clone() for tensor in given)
+        self.captured = self.captured or cuda_graph.Captured(self._update)
+        if self.captured.graph is None:  # or gradients of the last step would lie outside the graph's memory
             self.optimizer.zero_grad(set_to_none=True)
-            self.graph = torch.cuda.CUDAGraph()
-            # the loader's thread may copy to the device meanwhile
-            with torch.cuda.graph(self.graph, stream=self.side, capture_error_mode="thread_local"):
-                self.captured_loss = self._update(*self.given)
-        for mine, tensor in zip(self.given, given, strict=True):
-            mine.copy_(tensor)
-        self.graph.replay()
-        return self.captured_loss.clone()
+        return self.captured(*given)
 
     def close(self) -> None:
         """Let go of the captured step: a process group whose reductions it holds could not be left."""
-        if self.graph is not None:
+        if self.captured is not None:
             torch.cuda.synchronize(self.place.device)
-            self.graph = None
+            self.captured = None
 
     def save_state(self, path: Path) -> None:
         """Write all of the state, atomically: a killed run goes on from here."""
@@ -432,7 +413,7 @@ class Trainer:
                     self.optimizer.state[parameter][key] = placed
             for name, parameter in self.ema.named_parameters():
                 parameter.copy_(tensors[f"ema.{name}"])
-        self.graph, self.warmed_up = None, 0  # a graph would go on with the tensors replaced above
+        self.captured = None  # a graph would go on with the tensors replaced above
         self.step, self.seconds, self.stopped = about["step"], about["seconds"], about.get("stopped", False)
         self.sessions = [runs.Session(**session) for session in about.get("sessions", [])]
 

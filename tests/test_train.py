@@ -320,7 +320,7 @@ def test_a_captured_step_is_the_step(classes):
         losses = [
             float(trainer.train_step(y, labels, train.draw(run, step, place, generator))) for step in range(9)
         ]
-        assert (trainer.graph is not None) == graphs
+        assert (trainer.captured is not None and trainer.captured.graph is not None) == graphs
         optimizer = [v for state in trainer.optimizer.state.values() for v in state.values()]
         states.append([losses, *trainer.parameters, *trainer.ema_parameters, *optimizer])
     assert states[0][0] == states[1][0]
