@@ -185,7 +185,7 @@ _paper_arm = replace(
 
 
 def _arms() -> list[Config]:
-    """Every arm of Figure 1, in the order in which they are best trained: those with seeds first."""
+    """Every arm of Figure 1 in the order of training: each once, then the repeats, then more seeds."""
 
     def arm(base: Config, name: str, suffix: str = "", seed: int = 0) -> Config:
         target, weight = ARMS[name]
@@ -204,8 +204,8 @@ def _arms() -> list[Config]:
         )
 
     lab = [arm(_lab_arm, name) for name in ARMS]
-    lab += [arm(_lab_arm, name, f"-seed{seed}", seed) for seed in (1, 2) for name in SEEDED]
     lab += [arm(_lab_arm, name, "-again") for name in REPEATED]
+    lab += [arm(_lab_arm, name, f"-seed{seed}", seed) for seed in (1, 2) for name in SEEDED]
     return lab + [arm(_paper_arm, name) for name in ARMS]
 
 
