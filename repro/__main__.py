@@ -202,7 +202,6 @@ class EvaluateOptions:
 
 def evaluate(name: str, arguments: list[str]) -> None:
     """Measure a recorded run: evaluate RUN [--evaluate.samples 10000 --sample.steps 30 ...]."""
-    import torch
 
     from repro import evaluate as evaluation
     from repro import files, runs
@@ -219,7 +218,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
     place = training.find_place(options.device)
     denoiser = recorded.denoiser(place.device)
     if options.compile:
-        denoiser.net = torch.compile(denoiser.net, dynamic=False)
+        denoiser.net = runs.compiled(denoiser.net)
     fits = min(options.batch, options.evaluate.samples)
     network = evaluation.feature_network(options.evaluate.features, place.device)
     for how in _sampler_settings(options):

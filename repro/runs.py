@@ -354,6 +354,14 @@ def build(run: config.Config) -> denoiser.Denoiser | classifier.Classifier:
     )
 
 
+def compiled(net: torch.nn.Module) -> torch.nn.Module:
+    """`net` compiled as one graph for one shape of inputs.
+
+    What cannot be compiled is an error, since a network in pieces would be compiled anew at each call.
+    """
+    return torch.compile(net, dynamic=False, fullgraph=True)
+
+
 def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config) -> dict[str, str]:
     """Write `state` as float16 safetensors files of at most 15 MiB, and return the SHA-256 of each.
 

@@ -126,7 +126,7 @@ def _classifier(
     found = runs.load_run(name).classifier(device)
     if not compiled:
         return found
-    return found.with_net(torch.compile(found.net.to(memory_format=torch.channels_last), dynamic=False))
+    return found.with_net(runs.compiled(found.net.to(memory_format=torch.channels_last)))
 
 
 def captured(denoise: guidance.LabelledDenoiser) -> guidance.LabelledDenoiser:

@@ -263,7 +263,7 @@ class Trainer:
 
         self.graphs = run.train.cuda_graphs and on_gpu
         self.captured: cuda_graph.Captured | None = None
-        net = torch.compile(self.net, dynamic=False) if run.train.compile else self.net
+        net = runs.compiled(self.net) if run.train.compile else self.net
         self.average_gradients = None
         if place.world > 1 and self.graphs:
             self.average_gradients = GradientMean(self.net.parameters())
@@ -271,7 +271,7 @@ class Trainer:
             device_ids = [place.device.index] if place.device.type == "cuda" else None
             net = DistributedDataParallel(net, device_ids=device_ids)
         self.denoiser.net = net
-        ema = torch.compile(self.ema, dynamic=False) if run.train.compile else self.ema
+        ema = runs.compiled(self.ema) if run.train.compile else self.ema
         self.ema_denoiser = self.denoiser.with_net(ema)
         self.ema_parameters = list(self.ema.parameters())
         self.parameters = list(self.net.parameters())

@@ -85,7 +85,7 @@ def forward_and_gradients(
     inputs = parts + [given.requires_grad_() for given in (scale, shift, offset) if given is not None]
     upstream = draw(n, channels, *sides, seed=40)
 
-    call = torch.compile(norm, backend="aot_eager") if compiled else norm
+    call = torch.compile(norm, backend="aot_eager", fullgraph=True) if compiled else norm
     y = call(*parts, scale=scale, shift=shift, offset=offset, silu=silu)
     assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
     gradients = torch.autograd.grad((y * upstream).sum(), inputs + list(norm.parameters()))
@@ -160,7 +160,7 @@ def network():
                 parameter.copy_(0.1 * draw(*parameter.shape, seed=parameter.numel()))
         net = net.to(memory_format=torch.channels_last)
         x, t = draw(2, 3, 8, 8, seed=70), torch.tensor([3.0, 700.0])
-        y = torch.compile(net, backend="aot_eager")(x.float(), t)
+        y = torch.compile(net, backend="aot_eager", fullgraph=True)(x.float(), t)
         grads = torch.autograd.grad((y * x.float()).sum(), list(net.parameters()))
         exact = copy.deepcopy(net).double()
         wide = exact(x, t)

@@ -316,7 +316,7 @@ def test_sampling_by_a_cuda_graph_is_sampling(precision, compiled):
     recorded = runs.load_run("lab/imagenet64-x0-minsnr5")
     D = recorded.denoiser("cuda")
     if compiled:
-        D.net = torch.compile(D.net, dynamic=False)
+        D.net = runs.compiled(D.net)
     fresh = config.Sample(sampler="ancestral", steps=9, eta=1.0)  # whose noise a thread draws meanwhile
     for how in (*recorded.config.evaluate.also, recorded.config.sample, fresh):
         one, other = (
