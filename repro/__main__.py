@@ -6,6 +6,7 @@ the defaults of all their options come from it: `python -m repro train lab/celeb
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -188,12 +189,16 @@ class EvaluateOptions:
     """Images at a time; does not change them."""
     neighbours: bool = False
     """Also measure how close samples are to their nearest training images (needs the data set)."""
+    blocks: int = 1
+    """Measure so many times, each time on the next evaluate.samples seeds: how far apart the results are is
+    the sampling error."""
     record: bool = True
     """Append to metrics.jsonl; --no-record only prints."""
     precision: Literal["fp32", "bf16"] = "bf16"
     settings: Path | None = None
     """JSON file of a list of samplers, [{"sampler": "ancestral", "eta": 1}, {"steps": 30}, ...]: measure each
-    in turn, on a network compiled once. What does not name a sampler changes the run's own."""
+    in turn, on a network compiled once. What does not name a sampler changes the run's own. By default the
+    run's own sampler and those of evaluate.also, as while training; with --sample.* settings, that one."""
     compile: bool = False
     """Compile the network, and replay it as a CUDA graph: worth it from some thousand images on a GPU."""
     device: Device = None
@@ -215,16 +220,20 @@ def evaluate(name: str, arguments: list[str]) -> None:
     )
     options = _parse("evaluate", name, default, arguments)
     _check_batch(options.batch)
+    if options.blocks < 1:
+        raise ReproError(f"--blocks {options.blocks} measures nothing; give 1 or more")
     place = training.find_place(options.device)
     denoiser = recorded.denoiser(place.device)
     if options.compile:
         denoiser.net = runs.compiled(denoiser.net)
     fits = min(options.batch, options.evaluate.samples)
     network = evaluation.feature_network(options.evaluate.features, place.device)
-    for how in _sampler_settings(options):
+    first, samples = options.evaluate.first_seed, options.evaluate.samples
+    blocks = [replace(options.evaluate, first_seed=first + n * samples) for n in range(options.blocks)]
+    for how, block in itertools.product(_sampler_settings(options, default), blocks):
         lines = evaluation.evaluate(
             denoiser,
-            replace(recorded.config, sample=how, evaluate=options.evaluate),
+            replace(recorded.config, sample=how, evaluate=block),
             recorded.record.data.fingerprint,
             recorded.record.images,
             place.device,
@@ -244,8 +253,10 @@ def evaluate(name: str, arguments: list[str]) -> None:
                 files.append_line(recorded.path / "metrics.jsonl", line)
 
 
-def _sampler_settings(options: EvaluateOptions) -> list[config.Sample]:
-    """The samplers to measure: the one given, or with `settings` those that the file lists."""
+def _sampler_settings(options: EvaluateOptions, default: EvaluateOptions) -> list[config.Sample]:
+    """The samplers to measure: the run's own, the one given, or those that the file `settings` lists."""
+    if options.settings is None and options.sample == default.sample:
+        return [options.sample, *options.evaluate.also]
     if options.settings is None:
         return [options.sample]
     try:

@@ -153,6 +153,25 @@ def test_evaluate_prints_and_records_unless_told_not_to(copied, home, capsys):
     assert runs.load_run(NAME).distances(runs.load_run(NAME).config.sample) == [distance]
 
 
+def test_evaluate_measures_blocks_of_seeds_and_each_of_the_runs_samplers(copied, home, capsys):
+    options = ["--evaluate.samples", "4", "--precision", "fp32", "--device", "cpu", "--blocks", "2"]
+    record = json.loads((copied / "run.json").read_text())
+    record["config"]["evaluate"]["also"] = [{**record["config"]["sample"], "steps": 3}]
+    (copied / "run.json").write_text(json.dumps(record))
+    assert main(["evaluate", NAME, *options]) == 0
+    found = runs.load_run(NAME).metrics
+    assert [(line["steps"], line["first_seed"]) for line in found] == [
+        (2, 1_000_000), (2, 1_000_004), (3, 1_000_000), (3, 1_000_004)
+    ]  # fmt: skip
+    assert len({line["value"] for line in found}) == 4
+
+    assert main(["evaluate", NAME, *options, "--sample.steps", "4", "--evaluate.first-seed", "7"]) == 0
+    assert [(line["steps"], line["first_seed"]) for line in runs.load_run(NAME).metrics[4:]] == [
+        (4, 7), (4, 11)
+    ]  # fmt: skip
+    assert "--blocks 0 measures nothing" in refused(capsys, "evaluate", NAME, "--blocks", "0")
+
+
 # Help -----------------------------------------------------------------------------------------------
 
 
