@@ -117,7 +117,7 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
         way["leads_from"] == pytest.approx(176_896, rel=1e-5)
         and found["v-minsnr5/v-constant"]["leads_from"] is None
     )
-    assert values["noise"]["same training seed, trained twice"] == pytest.approx(
+    assert values["noise"]["same_training_seed_trained_twice"] == pytest.approx(
         0.8 * np.log(1.02) / np.sqrt(2), rel=1e-4
     )
     assert values["missing"] == [
