@@ -72,7 +72,7 @@ def test_another_runs_samples_stop_the_notebook(tmp_path, monkeypatch):
         runs.load_run("lab/celeba64-unet", tmp_path / "runs").check_samples(1)
 
 
-def made_up_arm(folder, arm, suffix, scale, error):
+def made_up_arm(folder, arm, suffix, scale, error, guided=True):
     """A record of the arm: a distance that falls as a power of images, each reached `scale` times later."""
     source = runs.load_run("lab/imagenet64-x0-constant")
     known = presets.preset(f"lab/imagenet64-{arm}")
@@ -80,6 +80,8 @@ def made_up_arm(folder, arm, suffix, scale, error):
     record = replace(source.record, config=replace(known, name=name), weights={}, samples=None)
     runs.write_record(folder / name, record)
     for line in source.metrics:
+        if line.get("classifier") and not guided:
+            continue
         if "sample" in line:
             line = {**line, "value": 300 * (line["images"] / 1e6 / scale) ** -0.8}
         elif "errors" in line:
@@ -124,6 +126,20 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
         arm for arm in presets.ARMS if arm.split("-")[1] not in ("constant", "minsnr5")
     ]
     assert values["runs"] == 10
+
+
+def test_the_ablation_without_a_classifier(tmp_path, monkeypatch):
+    """A user's arms need not be guided: then the notebook says so, or draws what was measured."""
+    folder = tmp_path / "runs"
+    for arm, scale in (("x0-minsnr5", 1.0), ("x0-constant", 1.25)):
+        made_up_arm(folder, arm, "", scale, 0.1, guided=False)
+    monkeypatch.setenv("REPRO_RUNS", str(folder))
+    with pytest.raises(ReproError, match="not every arm was measured with the classifier"):
+        render.render("fig1_pixel_ablation", out=tmp_path / "paper")
+    render.render("fig1_pixel_ablation", out=tmp_path / "paper", overrides={"guided": False})
+    values = json.loads((tmp_path / "paper" / "values" / "fig1_pixel_ablation.json").read_text())["values"]
+    assert list(values["speed_ups"]) == ["unguided"]
+    assert values["speed_ups"]["unguided"]["x0-minsnr5/x0-constant"]["ratio"] == pytest.approx(1.25, rel=1e-4)
 
 
 def test_notebooks_hold_no_outputs_functions_or_classes():
