@@ -83,7 +83,8 @@ def made_up_arm(folder, arm, suffix, scale, error, guided=True):
         if line.get("classifier") and not guided:
             continue
         if "sample" in line:
-            line = {**line, "value": 300 * (line["images"] / 1e6 / scale) ** -0.8}
+            block = max(0, line["first_seed"] - 2_000_000) // line["samples"]  # 0, 1, 2: 1% apart
+            line = {**line, "value": 300 * (line["images"] / 1e6 / scale) ** -0.8 * np.exp(0.01 * block)}
         elif "errors" in line:
             line = {**line, "errors": [error] * len(line["errors"])}
         files.append_line(folder / name / "metrics.jsonl", line)
@@ -126,6 +127,10 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
         arm for arm in presets.ARMS if arm.split("-")[1] not in ("constant", "minsnr5")
     ]
     assert values["runs"] == 10
+    assert values["noise"]["sampling_seeds"] == pytest.approx(0.01, rel=1e-4)
+    assert values["sampling_errors_apart"]["x0-minsnr5/x0-constant"] == pytest.approx(
+        0.8 * np.log(1.5) / (0.01 * np.sqrt(2 / 3)), rel=1e-4
+    )
 
 
 def test_the_ablation_without_a_classifier(tmp_path, monkeypatch):
