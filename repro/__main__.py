@@ -207,7 +207,6 @@ class EvaluateOptions:
 
 def evaluate(name: str, arguments: list[str]) -> None:
     """Measure a recorded run: evaluate RUN [--evaluate.samples 10000 --sample.steps 30 ...]."""
-
     from repro import evaluate as evaluation
     from repro import files, runs
     from repro import train as training
@@ -230,7 +229,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
     network = evaluation.feature_network(options.evaluate.features, place.device)
     first, samples = options.evaluate.first_seed, options.evaluate.samples
     blocks = [replace(options.evaluate, first_seed=first + n * samples) for n in range(options.blocks)]
-    for how, block in itertools.product(_sampler_settings(options, default), blocks):
+    for how, block in itertools.product(_sampler_settings(options, recorded.sample), blocks):
         lines = evaluation.evaluate(
             denoiser,
             replace(recorded.config, sample=how, evaluate=block),
@@ -253,12 +252,10 @@ def evaluate(name: str, arguments: list[str]) -> None:
                 files.append_line(recorded.path / "metrics.jsonl", line)
 
 
-def _sampler_settings(options: EvaluateOptions, default: EvaluateOptions) -> list[config.Sample]:
+def _sampler_settings(options: EvaluateOptions, own: config.Sample) -> list[config.Sample]:
     """The samplers to measure: the run's own, the one given, or those that the file `settings` lists."""
-    if options.settings is None and options.sample == default.sample:
-        return [options.sample, *options.evaluate.also]
     if options.settings is None:
-        return [options.sample]
+        return [options.sample, *(options.evaluate.also if options.sample == own else ())]
     try:
         changes = json.loads(options.settings.read_text())
     except (OSError, ValueError) as error:

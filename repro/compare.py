@@ -22,8 +22,8 @@ Curve = tuple[Sequence[float], Sequence[float]]
 def images_to_reach(curve: Curve, target: float) -> float:
     """Images after which a curve first is at or below `target`, straight between points in log-log.
 
-    Infinite where it never is. NaN where it is so from its first point on: then it was reached at an
-    unknown earlier time. Raises `ReproError` for a curve that is not positive and ascending in images.
+    Infinite where it never is. NaN where it is so from its first point on: when it was reached is not known
+    then. Raises `ReproError` for a curve that is not positive and ascending in images.
     """
     images, values = (np.asarray(numbers, float) for numbers in curve)
     if len(images) != len(values) or len(images) < 2 or (np.diff(images) <= 0).any() or images[0] <= 0:
@@ -35,7 +35,7 @@ def images_to_reach(curve: Curve, target: float) -> float:
         return math.inf
     after = below[0]
     if after == 0:
-        return images[0] if values[0] == target else math.nan
+        return math.nan
     x, y = np.log(images[after - 1 : after + 1]), np.log(values[after - 1 : after + 1])
     return float(np.exp(x[0] + (math.log(target) - y[0]) / (y[1] - y[0]) * (x[1] - x[0])))
 
@@ -60,7 +60,7 @@ def spread(ways: Mapping[str, Sequence[Curve]], target: float) -> tuple[float, i
     freedom. Where the seeds of a way do not all reach the target, it is taken where they last all are: at
     the lowest distance that all of them reach. None where nothing is known of any.
     """
-    squares, freedom = 0.0, 0
+    logs_of = {}
     for way, curves in ways.items():
         if len(curves) < 2:
             continue
@@ -68,11 +68,9 @@ def spread(ways: Mapping[str, Sequence[Curve]], target: float) -> tuple[float, i
         if not np.isfinite(logs).all():
             lowest = common_target({way: curves})
             logs = np.log([images_to_reach(curve, lowest) for curve in curves])
-        if not np.isfinite(logs).all():  # one is below the best of another from its first point on
-            continue
-        squares += float(((logs - logs.mean()) ** 2).sum())
-        freedom += len(logs) - 1
-    return (math.sqrt(squares / freedom), freedom) if freedom else None
+        if np.isfinite(logs).all():  # or one is below the best of another from its first point on
+            logs_of[way] = logs
+    return _pooled(logs_of)
 
 
 def speed_up(
@@ -84,7 +82,7 @@ def speed_up(
     seed is taken to vary as the others do. Seeds count as independent: where ways share what a seed decides,
     such as the order of the data, it is wider than it need be. Where no way has several, nothing is
     known of it: it goes from 0 to infinity, and the verdict is `undecided`. None where either does not reach
-    the target with every seed, or was below it from its first measurement on.
+    the target with every seed, or was there at its first measurement.
     """
     if not 0 < confidence < 1:
         raise ReproError(f"confidence must lie in (0, 1), not {confidence}")
@@ -140,7 +138,13 @@ def leads_from(fast: Sequence[Curve], slow: Sequence[Curve]) -> float | None:
 
 def pooled_deviation(groups: Mapping[str, Sequence[float]]) -> float | None:
     """Standard deviation of ln(value) within groups, pooled over those of two or more; none without any."""
-    logs = [np.log(values) for values in groups.values() if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in logs)
-    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in logs)
-    return math.sqrt(squares / freedom) if freedom else None
+    known = _pooled({group: np.log(values) for group, values in groups.items()})
+    return known and known[0]
+
+
+def _pooled(groups: Mapping[str, np.ndarray]) -> tuple[float, int] | None:
+    """Standard deviation within groups, pooled over those of two or more, and its degrees of freedom."""
+    several = [values for values in groups.values() if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in several)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in several)
+    return (math.sqrt(squares / freedom), freedom) if freedom else None
