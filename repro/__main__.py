@@ -307,6 +307,7 @@ def presets() -> None:
     """List the runs that can be trained."""
     for name, run in PRESETS.items():
         weight = run.weight.name + (f" {run.weight.gamma:g}" if run.weight.gamma else "")
+        weight += f" times min(SNR, {run.min_snr_factor:g})/SNR" if run.min_snr_factor else ""
         learns = "" if run.model.kind == "classifier" else f", {run.parameterization}, {weight}"
         about = f"{run.data.name}, {run.model.kind}{learns}, {run.train.images / 1e6:g}M images"
         print(f"{name}\n    {about}. {run.note}")

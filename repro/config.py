@@ -254,6 +254,8 @@ class Config:
     sigma_data: Positive = 0.5
     """Of the edm parameterization and weight: standard deviation of the data."""
     weight: Weight = Weight("min_snr", gamma=5.0)
+    min_snr_factor: Positive | None = None
+    """The gamma of a factor min(SNR, gamma) / SNR on the weight (none: no factor)."""
     sample: Sample = Sample()
     evaluate: Evaluate = Evaluate()
     record_weights: bool = True

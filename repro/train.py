@@ -255,7 +255,7 @@ class Trainer:
         )
         self.weight = None
         if run.model.kind != "classifier":
-            self.weight = weights.from_config(run.weight, self.denoiser.parameterization, run.sigma_data)
+            self.weight = weights.of_run(run, self.denoiser.parameterization)
         self.step, self.seconds = 0, 0.0
         self.stopped = False
         """Whether the state is that of a time limit, and so to be measured."""

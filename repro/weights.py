@@ -59,6 +59,18 @@ def edm(snr: Float[Tensor, " *n"], sigma_data: float = 0.5) -> Float[Tensor, " *
     return snr + 1 / sigma_data**2
 
 
+def min_snr_factor(snr: Float[Tensor, " *n"], gamma: float = 5.0) -> Float[Tensor, " *n"]:
+    """min(SNR, gamma) / SNR = min(1, gamma / SNR), in [0, 1]: 1 at SNR = 0, 0 at infinity. gamma > 0.
+
+    No weight but a factor for one: with it the supplement multiplies EDM's loss (section 4.1.1), with gamma
+    = 5. It does not say whether SNR is there that of unit data, 1 / sigma^2, as everywhere in this package,
+    or that of EDM's data, sigma_data^2 / sigma^2 = sigma_data^2 * SNR. Under the second reading the factor is
+    min(1, gamma / (sigma_data^2 * SNR)): the first one's with gamma / sigma_data^2, which is 20 for gamma = 5
+    and sigma_data = 1/2. So a run with gamma = 20 is the other reading.
+    """
+    return (gamma / snr).clamp(max=1)
+
+
 def from_config(weight: config.Weight, parameterization: Parameterization, sigma_data: float = 0.5) -> Weight:
     """The weight that a configuration names, as a function of SNR alone.
 
@@ -79,3 +91,20 @@ def from_config(weight: config.Weight, parameterization: Parameterization, sigma
     functions = {"snr": snr, "truncated_snr": truncated_snr, "min_snr": min_snr,
                  "soft_min_snr": soft_min_snr, "p2": p2}  # fmt: skip
     return partial(functions[weight.name], **given)
+
+
+def of_run(run: config.Config, parameterization: Parameterization) -> Weight:
+    """The loss weight of a run: its `weight`, times `min_snr_factor` where it has one, a function of SNR.
+
+    parameterization: the run's, for the weight that is constant in the network's space. SNR in [0, infinity],
+    limits included, any float type, which is kept. Raises `ReproError` as `from_config` does.
+    """
+    weight, gamma = from_config(run.weight, parameterization, run.sigma_data), run.min_snr_factor
+    if gamma is None:
+        return weight
+
+    def product(snr: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+        finite = snr.double().clamp(max=1e100)  # at infinity one may be infinite and the other 0
+        return (weight(finite) * min_snr_factor(finite, gamma)).to(snr.dtype)
+
+    return product

@@ -238,6 +238,63 @@ def test_a_constant_weight_leaves_the_networks_own_loss(target):
     torch.testing.assert_close(loss, (F_x - wanted).square().mean((1, 2, 3)), rtol=1e-6, atol=0)
 
 
+class Constant(nn.Module):
+    """A network that predicts the same number everywhere, and keeps what it was given."""
+
+    def __init__(self, output: float):
+        super().__init__()
+        self.output = output
+
+    def forward(self, x, t, labels):
+        self.given = x, t
+        return torch.full_like(x, self.output)
+
+
+def edm_run(gamma: float | None) -> config.Config:
+    return config.Config(
+        "lab/x", config.Data("drawn"), config.UNet(), config.Train(images=1), config.Schedule("edm"), "edm",
+        SIGMA_DATA, config.Weight("edm"), gamma,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "gamma, wanted", [(None, 1.96), (20.0, 1.96), (5.0, 1.96 * 0.703125), (1.0, 1.96 * 0.140625)]
+)
+def test_edms_loss_worked_out_by_hand_alone_and_times_the_factor(gamma, wanted):
+    """sigma = 3/8, sigma_data = 1/2, so sqrt(sigma^2 + sigma_data^2) = 5/8, and y = 0.2, n = 0.8, F = 1.
+
+    c_skip = (1/4) / (25/64) = 0.64, c_out = (3/16) / (5/8) = 0.3, c_in = 1.6. x = 0.2 + 0.3 = 0.5, the
+    network is given 0.8, D = 0.32 + 0.3 = 0.62, (D - y)^2 = 0.42^2 = 0.1764, times 1 / c_out^2 = 1 / 0.09:
+    1.96.
+    SNR = 64/9: the factor is 1, or 5 * 9/64 = 0.703125 for gamma = 5, 9/64 for 1, and 1 for 20.
+    """
+    net, run = Constant(1.0), edm_run(gamma)
+    D = denoiser.Denoiser(net, SCHEDULES["edm"], denoiser.edm(SIGMA_DATA))
+    y, noise = torch.full((1, 3, 2, 2), 0.2), torch.full((1, 3, 2, 2), 0.8)
+    weight = weights.of_run(run, D.parameterization)
+    loss = D.loss(y.double(), noise.double(), f64([0.375]), None, weight)
+    assert float(loss) == pytest.approx(wanted, rel=1e-6)
+    x, t = net.given
+    np.testing.assert_allclose(x, 0.8, rtol=1e-6)
+    assert float(t) == pytest.approx(math.log(0.375) / 4, rel=1e-6)
+
+
+@quick
+@given(st.floats(-7, 7), st.sampled_from([None, 1.0, 5.0, 20.0]))
+def test_before_it_learns_edms_loss_is_1_and_its_input_of_unit_variance(log_sigma, gamma):
+    """Data of variance sigma_data^2 and noise, each of two values of equal size in all four combinations, so
+    that all moments are exact: with F = 0 the loss is 1 at every sigma, and min(1, gamma sigma^2) with the
+    factor."""
+    sigma = math.exp(log_sigma)
+    y = SIGMA_DATA * f64([1, 1, -1, -1]).view(1, 1, 2, 2)
+    noise = f64([1, -1, 1, -1]).view(1, 1, 2, 2)
+    net, run = Constant(0.0), edm_run(gamma)
+    D = denoiser.Denoiser(net, SCHEDULES["edm"], denoiser.edm(SIGMA_DATA))
+    loss = D.loss(y, noise, f64([sigma]), None, weights.of_run(run, D.parameterization))
+    assert float(loss) == pytest.approx(1 if gamma is None else min(1, gamma * sigma**2), rel=1e-6)
+    assert float(net.given[0].double().square().mean()) == pytest.approx(1, rel=1e-6)
+
+
 @pytest.mark.parametrize("sigma", [0.05, 0.7, 1.0, 9.0])
 def test_relations_between_targets(sigma):
     """Supplement, section 2, in its own VP terms: from one x0 estimate, the eps loss is SNR times the x0 loss

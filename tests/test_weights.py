@@ -172,6 +172,89 @@ def test_gamma_changes_min_snr_only_above_the_smaller_gamma():
     assert named("min_snr", gamma=20.0)(snr).tolist() == [0.5, 1, 3, 10]
 
 
+# A factor for a weight: Min-SNR inside EDM (supplement, section 4.1.1)
+
+
+def product(weight: str = "edm", target: str = "edm", gamma: float | None = 5.0) -> weights.Weight:
+    """The weight of a run whose `weight` is multiplied by min(SNR, gamma) / SNR."""
+    run = config.Config(
+        "lab/x", config.Data("drawn"), config.UNet(), config.Train(images=1), parameterization=target,
+        sigma_data=SIGMA_DATA, weight=config.Weight(weight), min_snr_factor=gamma,
+    )  # fmt: skip
+    return weights.of_run(run, denoiser.parameterization(target, SIGMA_DATA))
+
+
+@quick
+@given(st.floats(-12, 12), st.floats(0.1, 50))
+def test_the_factor_is_min_snr_over_snr(log_snr, gamma):
+    snr = math.exp(log_snr)
+    found = weights.min_snr_factor(f64([snr]), gamma)
+    assert float(found) == pytest.approx(min(snr, gamma) / snr, rel=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_factor_has_its_limits(dtype):
+    found = weights.min_snr_factor(torch.tensor([0.0, 5e-45, 1e38, INF], dtype=dtype), 5.0)
+    assert found.dtype == dtype and not found.isnan().any()
+    np.testing.assert_allclose(found, [1, 1, 5e-38, 0], rtol=1e-6)
+
+
+def test_edm_times_the_factor_at_points_worked_out_by_hand():
+    # (S + 4) * min(1, 5 / S): 4.25, (1 + 4), (5 + 4), 24 / 4, 104 / 20, and 4 and 5 at the ends
+    snr = f64([0.0, 0.25, 1.0, 5.0, 20.0, 100.0, INF])
+    np.testing.assert_allclose(product()(snr), [4, 4.25, 5, 9, 6, 5.2, 5], rtol=1e-14)
+
+
+@quick
+@given(st.floats(-7, 9), st.sampled_from([1.0, 5.0, 20.0]))
+def test_in_edms_network_space_the_product_is_the_factor_and_edm_alone_is_1(log_sigma, gamma):
+    sigma = math.exp(log_sigma)
+    edm = denoiser.edm(SIGMA_DATA)
+    alone = edm.network_weight(product(gamma=None), f64([sigma]))
+    assert float(alone) == pytest.approx(1, rel=1e-6)
+    found = edm.network_weight(product(gamma=gamma), f64([sigma]))
+    assert float(found) == pytest.approx(min(1, gamma * sigma**2), rel=1e-6)
+
+
+@quick
+@given(st.floats(-7, 7), st.floats(0.1, 50), st.floats(0.05, 3))
+def test_snr_of_edms_data_is_the_same_factor_with_another_gamma(log_sigma, gamma, sigma_data):
+    """With SNR = sigma_data^2 / sigma^2 the factor is ours with gamma / sigma_data^2: 20 for 5 and 1/2."""
+    sigma = math.exp(log_sigma)
+    other_snr = sigma_data**2 / sigma**2
+    found = weights.min_snr_factor(f64([1 / sigma**2]), gamma / sigma_data**2)
+    assert float(found) == pytest.approx(min(other_snr, gamma) / other_snr, rel=1e-12)
+
+
+def test_gamma_20_is_gamma_5_for_snr_of_edms_data():
+    sigma = np.geomspace(0.002, 80, 41)
+    snr = 0.25 / sigma**2
+    np.testing.assert_allclose(
+        weights.min_snr_factor(f64(1 / sigma**2), 20.0), np.minimum(snr, 5) / snr, rtol=1e-12
+    )
+
+
+@pytest.mark.parametrize("weight", WEIGHTS)
+@pytest.mark.parametrize("target", TARGETS)
+def test_any_weight_times_the_factor_is_the_product_and_never_nan(weight, target):
+    alone, both = product(weight, target, gamma=None), product(weight, target)
+    snr = f64(np.geomspace(1e-6, 1e6, 13))
+    np.testing.assert_allclose(both(snr), alone(snr) * (5 / snr).clamp(max=1), rtol=1e-12)
+    for dtype in (torch.float32, torch.float64):
+        ends = torch.tensor([0.0, INF], dtype=dtype)
+        found = both(ends)
+        assert found.dtype == dtype and found[0] == alone(ends)[0]
+        # at infinity 5 times the limit of w / S: that is c for a weight that grows like c S, else 0
+        grows = weight in ("snr", "truncated_snr", "edm") or (weight == "constant" and target != "x0")
+        np.testing.assert_allclose(found[1], 5 if grows else 0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -5.0, math.nan, INF])
+def test_a_factor_needs_a_positive_finite_gamma(gamma):
+    with pytest.raises(ValueError, match="min_snr_factor"):
+        product(gamma=gamma)
+
+
 # Called directly
 
 
