@@ -187,6 +187,8 @@ class EvaluateOptions:
     evaluate: config.Evaluate
     batch: int = 500
     """Images at a time; does not change them."""
+    ema: float | None = None
+    """Half-life, in images, of the average to measure: one that the run keeps; by default its main one."""
     neighbours: bool = False
     """Also measure how close samples are to their nearest training images (needs the data set)."""
     blocks: int = 1
@@ -222,7 +224,8 @@ def evaluate(name: str, arguments: list[str]) -> None:
     if options.blocks < 1:
         raise ReproError(f"--blocks {options.blocks} measures nothing; give 1 or more")
     place = training.find_place(options.device)
-    denoiser = recorded.denoiser(place.device)
+    average = recorded.further_average(options.ema)
+    denoiser = recorded.denoiser(place.device, average)
     if options.compile:
         denoiser.net = runs.compiled(denoiser.net)
     fits = min(options.batch, options.evaluate.samples)
@@ -243,6 +246,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
             options.compile,
         )
         for line in lines if place.first else []:
+            line |= {} if average is None else {"ema_halflife_images": average}
             print(
                 f"{line['name']}: {line['value']:.4f}, {line['samples']:,} samples from seed "
                 f"{line['first_seed']}, {_told(config.sample_json(how))}",

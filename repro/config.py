@@ -210,14 +210,19 @@ class Train:
     images: int
     batch: int = 256
     """Images per step, over all processes."""
+    micro_batch: Annotated[int, Field(gt=0)] | None = None
+    """Images that a process takes through the network at once; it sums the gradients of its share of a step
+    (none: the share at once). Changes what is learned by rounding, and by other dropout masks."""
     lr: Positive = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     warmup_images: Count = 0
     """Linear warm-up of the learning rate."""
     ema_halflife_images: Positive = 500_000.0
+    also_ema_halflife_images: tuple[Positive, ...] = ()
+    """Half-lives of further averages of the weights, each measured and recorded beside the main one."""
     ema_rampup: Positive | None = 0.05
-    """The half-life is at most this fraction of the images seen so far (none: never shortened)."""
+    """A half-life is at most this fraction of the images seen so far (none: never shortened)."""
     grad_clip: Positive | None = 1.0
     """Largest gradient norm."""
     label_drop: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -239,6 +244,13 @@ class Train:
         if value <= 0:
             raise ValueError("must be positive")
         return value
+
+    @model_validator(mode="after")
+    def _each_average_once(self):
+        halflives = (self.ema_halflife_images, *self.also_ema_halflife_images)
+        if len(set(halflives)) < len(halflives):
+            raise ValueError(f"also_ema_halflife_images and ema_halflife_images must differ: {halflives}")
+        return self
 
 
 @dataclass(frozen=True, config=strict)
@@ -269,6 +281,8 @@ class Config:
             raise ValueError("train.label_drop needs data.classes and model.null_class")
         if self.model.kind == "vit" and self.schedule.name == "edm":
             raise ValueError("a vit's time table needs a schedule of counted steps, not edm")
+        if self.model.kind == "classifier" and (self.min_snr_factor or self.train.also_ema_halflife_images):
+            raise ValueError("a classifier has no min_snr_factor and no train.also_ema_halflife_images")
         if self.model.kind == "vit" and self.model.time_rows < self.schedule.steps:
             raise ValueError(
                 f"model.time_rows is {self.model.time_rows}, too few for {self.schedule.steps} schedule.steps"

@@ -2,7 +2,8 @@
 
 <root>/<profile>/<name>/
     run.json                            `Record`: what was run, on what, by which code, and the hashes
-    weights-00001-of-0000N.safetensors  EMA weights, float16, at most 15 MiB a file
+    weights-00001-of-0000N.safetensors  EMA weights, float16, at most 15 MiB a file; those of further averages
+                                        by their half-life in images, weights-ema30000-00001-of-0000N...
     log.jsonl                           loss and speed by images seen
     metrics.jsonl                       one line per evaluation
     samples.png                         a grid of samples, with their seeds in run.json
@@ -16,6 +17,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, field, replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
@@ -110,7 +112,7 @@ class Record:
     parameters: int
     """Number of parameters of the network."""
     weights: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of each weight file."""
+    """SHA-256 of each weight file, of the main average and of further ones (see `weights_stem`)."""
     samples: Samples | None = None
     earlier: tuple[Session, ...] = ()
     """Parts of a resumed training that ran elsewhere or by other code; above stands the last one."""
@@ -143,21 +145,43 @@ class Run:
     def _lines(self, name: str) -> list[dict]:
         return files.read_lines(path) if (path := provenance.used(self.path / name)).exists() else []
 
-    def weights(self) -> dict[str, torch.Tensor]:
+    def further_average(self, ema: float | None) -> float | None:
+        """`ema`, the half-life in images of an average, or none where that is the main one.
+
+        Raises `ReproError` where the run keeps no average of that half-life.
+        """
+        train = self.config.train
+        if ema is None or ema == train.ema_halflife_images:
+            return None
+        if ema not in train.also_ema_halflife_images:
+            known = ", ".join(
+                map(halflife_label, (train.ema_halflife_images, *train.also_ema_halflife_images))
+            )
+            raise ReproError(
+                f"{self.name} keeps no average with a half-life of {halflife_label(ema)} images; "
+                f"it keeps those of {known}"
+            )
+        return ema
+
+    def weights(self, ema: float | None = None) -> dict[str, torch.Tensor]:
         """The recorded weights, float32, by parameter name.
 
-        Raises `ReproError` naming the file that is missing, or whose bytes are not those recorded.
+        ema: half-life in images of the average that is meant; by default the main one. Raises `ReproError`
+        where the run keeps no such average, and naming the file that is missing, or whose bytes are not those
+        recorded.
         """
-        if not self.record.weights:
+        pattern = f"{weights_stem(self.further_average(ema))}-[0-9]*"
+        recorded_files = {n: sha for n, sha in self.record.weights.items() if fnmatchcase(n, pattern)}
+        if not recorded_files:
             raise ReproError(
                 f"the run {self.name} was recorded without weights; only its log and metrics exist"
             )
         tensors = {}
-        for name, recorded in self.record.weights.items():
+        for name, recorded in recorded_files.items():
             path = self.path / name
             if not path.exists():
                 raise ReproError(
-                    f"{path} is missing: {self.name} needs all of {', '.join(self.record.weights)}. "
+                    f"{path} is missing: {self.name} needs all of {', '.join(recorded_files)}. "
                     f"Restore it (git checkout, or copy the run folder again)."
                 )
             if (found := files.sha256(path)) != recorded:
@@ -169,14 +193,15 @@ class Run:
             tensors.update(load_file(path))
         return {name: tensor.float() for name, tensor in tensors.items()}
 
-    def denoiser(self, device: str | torch.device = "cpu") -> denoiser.Denoiser:
+    def denoiser(self, device: str | torch.device = "cpu", ema: float | None = None) -> denoiser.Denoiser:
         """The recorded network as a denoiser in evaluation mode, float32, on `device`.
 
-        Raises `ReproError` where the run is one of a classifier, or its weights are not whole.
+        ema: as in `weights`. Raises `ReproError` where the run is one of a classifier, or its weights are not
+        whole.
         """
         if self.config.model.kind == "classifier":
             raise ReproError(f"{self.name} is a classifier: it draws no images. Name a run that does.")
-        return self._built(device)
+        return self._built(device, ema)
 
     def classifier(self, device: str | torch.device = "cpu") -> classifier.Classifier:
         """The recorded noisy classifier in evaluation mode, float32, on `device`.
@@ -187,10 +212,12 @@ class Run:
             raise ReproError(f"{self.name} is no classifier. Name the run of one.")
         return self._built(device)
 
-    def _built(self, device: str | torch.device) -> denoiser.Denoiser | classifier.Classifier:
+    def _built(
+        self, device: str | torch.device, ema: float | None = None
+    ) -> denoiser.Denoiser | classifier.Classifier:
         built = build(self.config)
         try:
-            built.net.load_state_dict(self.weights())
+            built.net.load_state_dict(self.weights(ema))
         except RuntimeError as error:
             raise ReproError(f"the weights of {self.name} do not fit its configuration: {error}") from error
         return built.to(device).eval().requires_grad_(False)
@@ -252,19 +279,23 @@ class Run:
             )
         return {"seeds": seeds, "largest_mean_difference": float(apart.max()), "tolerance": SAMPLE_TOLERANCE}
 
-    def distances(self, how: config.Sample, samples: int | None = None) -> list[dict]:
+    def distances(
+        self, how: config.Sample, samples: int | None = None, ema: float | None = None
+    ) -> list[dict]:
         """Lines of metrics.jsonl that are Fréchet distances of images drawn as `how` says, by images seen.
 
-        samples: how many were drawn; by default as the run's configuration says. Only lines with the run's
-        own feature network, first seed and precision; of several at the same number of images, the last.
-        Raises `ReproError` where classifiers of different weights guided them.
+        samples: how many were drawn; by default as the run's configuration says. ema: half-life in images of
+        the average that was measured; by default the main one. Only lines with the run's own feature network,
+        first seed and precision; of several at the same number of images, the last. Raises `ReproError` where
+        classifiers of different weights guided them, and where the run keeps no such average.
         """
-        own = self.config
+        own, average = self.config, self.further_average(ema)
         samples = samples or own.evaluate.samples
         last = {
             line["images"]: line
             for line in self.metrics
             if line["name"].startswith(("FD", "FID"))
+            and line.get("ema_halflife_images") == average
             and (config.sample_from_json(line["sample"]), line["samples"]) == (how, samples)
             and (line["features"], line["first_seed"], line["precision"])
             == (own.evaluate.features, own.evaluate.first_seed, own.train.precision)
@@ -277,9 +308,9 @@ class Run:
             )
         return [last[images] for images in sorted(last)]
 
-    def curve(self, how: config.Sample) -> tuple[list[int], list[float]]:
+    def curve(self, how: config.Sample, ema: float | None = None) -> tuple[list[int], list[float]]:
         """Images seen and the distance there, of images drawn as `how` says (see `distances`)."""
-        lines = self.distances(how)
+        lines = self.distances(how, ema=ema)
         return [line["images"] for line in lines], [line["value"] for line in lines]
 
     @property
@@ -342,9 +373,14 @@ def write_record(path: Path, record: Record) -> None:
 NETWORKS = {"unet": ADMUNet, "vit": ViT, "classifier": NoisyClassifier}
 
 
+def network(run: config.Config) -> torch.nn.Module:
+    """The network that `run` describes, freshly initialised."""
+    return NETWORKS[run.model.kind](run.model, run.data.resolution, run.data.channels, run.data.classes)
+
+
 def build(run: config.Config) -> denoiser.Denoiser | classifier.Classifier:
     """The network that `run` describes, freshly initialised, as a denoiser, or as a classifier."""
-    net = NETWORKS[run.model.kind](run.model, run.data.resolution, run.data.channels, run.data.classes)
+    net = network(run)
     if run.model.kind == "classifier":
         return classifier.Classifier(net, schedules.from_config(run.schedule))
     return denoiser.Denoiser(
@@ -362,11 +398,25 @@ def compiled(net: torch.nn.Module) -> torch.nn.Module:
     return torch.compile(net, dynamic=False, fullgraph=True)
 
 
-def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config) -> dict[str, str]:
+def halflife_label(halflife: float) -> str:
+    """A half-life in images as names of files and tensors have it: 30000.0 as "30000"."""
+    return f"{halflife:.15g}"
+
+
+def weights_stem(ema: float | None) -> str:
+    """How the names of weight files begin, before their number: by the half-life of a further average."""
+    return "weights" if ema is None else f"weights-ema{halflife_label(ema)}"
+
+
+def save_weights(
+    path: Path, state: dict[str, torch.Tensor], run: config.Config, ema: float | None = None
+) -> dict[str, str]:
     """Write `state` as float16 safetensors files of at most 15 MiB, and return the SHA-256 of each.
 
-    The configuration is in each header, so that the weights alone can be used. The files that were there
-    are replaced, or removed, only when all new ones are whole.
+    The configuration is in each header, so that the weights alone can be used. The files of the same average
+    that were there are replaced, or removed, only when all new ones are whole. ema: half-life in images of a
+    further average; none for the main one. Raises `ReproError` for a tensor that is too large for a file, or
+    not finite in float16.
     """
     shards: list[dict[str, torch.Tensor]] = [{}]
     size, room = 0, SHARD_BYTES - 2**17  # besides the header
@@ -389,20 +439,20 @@ def save_weights(path: Path, state: dict[str, torch.Tensor], run: config.Config)
     path.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=files.PARTIAL, dir=path) as staging:
         for number, shard in enumerate(shards, start=1):
-            name = f"weights-{number:05d}-of-{len(shards):05d}.safetensors"
+            name = f"{weights_stem(ema)}-{number:05d}-of-{len(shards):05d}.safetensors"
             new = Path(staging) / name
             files.replace_atomic(new, lambda temporary, shard=shard: save_file(shard, temporary, header))
             hashes[name] = files.sha256(new)
         for name in hashes:
             os.replace(Path(staging) / name, path / name)
-    for old in path.glob("weights-*.safetensors"):
+    for old in path.glob(f"{weights_stem(ema)}-[0-9]*.safetensors"):
         if old.name not in hashes:
             old.unlink()
     return hashes
 
 
 def forget_weights(path: Path, record: Record) -> Record:
-    """Remove the weights of a recorded run, and return the record, which then names none."""
+    """Remove the weights of a recorded run, of all averages, and return the record, which then names none."""
     record = replace(record, weights={})
     write_record(path, record)
     for file in path.glob("weights-*.safetensors"):

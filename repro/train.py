@@ -2,8 +2,8 @@
 
 Randomness is a function of (seed, step): data order, noise levels, noise, flips and dropped labels
 are drawn for the whole batch and each process takes its share. So a resumed run, or one on another
-number of processes, sees the same numbers (but for dropout, which each process draws for itself); on
-CPU a resumed run is bit for bit the uninterrupted one.
+number of processes, sees the same numbers (but for dropout, which each process draws for itself, anew
+for each micro-batch); on CPU a resumed run is bit for bit the uninterrupted one.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ MAY_CHANGE = (
     "train.compile",
     "train.cuda_graphs",
     "train.cudnn_plans",
+    "train.micro_batch",
     "record_weights",
     "note",
 )
@@ -62,16 +63,35 @@ def learning_rate(train: config.Train, images: int) -> float:
     return train.lr * min(1.0, images / train.warmup_images) if train.warmup_images else train.lr
 
 
-def ema_decay(train: config.Train, images: int) -> float:
-    """What one step keeps of the average after `images` images.
+def ema_decay(train: config.Train, images: int, halflife: float | None = None) -> float:
+    """What one step keeps of the average after `images` images, in [0, 1).
 
     Half of what is averaged is younger than the half-life, which is at most `ema_rampup` times the
-    images seen so far (Karras et al. 2022, their training code's EMA ramp-up).
+    images seen so far (Karras et al. 2022, their training code's EMA ramp-up). halflife: in images; by
+    default that of the main average.
     """
-    halflife = train.ema_halflife_images
+    halflife = halflife or train.ema_halflife_images
     if train.ema_rampup is not None:
         halflife = min(halflife, train.ema_rampup * images)
     return 0.5 ** (train.batch / max(halflife, 1e-8))
+
+
+def shares(train: config.Train, world: int) -> tuple[int, int]:
+    """Images of a step that each of `world` processes takes, and how many of them it takes at once.
+
+    Raises `ReproError` where the batch does not divide among the processes, or a process's share of it into
+    micro-batches.
+    """
+    if train.batch % world:
+        raise ReproError(f"a batch of {train.batch} cannot be shared by {world} processes")
+    share = train.batch // world
+    at_once = train.micro_batch or share
+    if share % at_once:
+        raise ReproError(
+            f"train.micro_batch is {at_once}, which does not divide the {share} images that each of {world} "
+            f"processes takes of a batch of {train.batch}; choose a divisor of {share}"
+        )
+    return share, at_once
 
 
 @dataclass(frozen=True)
@@ -233,10 +253,14 @@ class GradientMean:
 
 
 class Trainer:
-    """Everything that a step changes, and how it is saved and restored."""
+    """Everything that a step changes, and how it is saved and restored.
+
+    Raises `ReproError` for a batch that does not divide (see `shares`).
+    """
 
     def __init__(self, run: config.Config, place: Place, fingerprint: str = ""):
         self.run, self.place, self.fingerprint = run, place, fingerprint
+        self.at_once = shares(run.train, place.world)[1]
         torch.manual_seed(seed_of(run.train.seed, "init"))
         self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
         self.net = self.denoiser.net
@@ -244,7 +268,6 @@ class Trainer:
         on_gpu = place.device.type == "cuda"
         # on the device, so that a captured step reads what each step sets
         self.lr = torch.tensor(run.train.lr, device=place.device)
-        self.ema_share = torch.tensor(0.0, device=place.device)
         self.optimizer = torch.optim.AdamW(
             self.net.parameters(),
             lr=self.lr if on_gpu else run.train.lr,
@@ -265,7 +288,7 @@ class Trainer:
         self.captured: cuda_graph.Captured | None = None
         net = runs.compiled(self.net) if run.train.compile else self.net
         self.average_gradients = None
-        if place.world > 1 and self.graphs:
+        if place.world > 1 and (self.graphs or run.train.micro_batch):
             self.average_gradients = GradientMean(self.net.parameters())
         elif place.world > 1:
             device_ids = [place.device.index] if place.device.type == "cuda" else None
@@ -275,6 +298,11 @@ class Trainer:
         self.ema_denoiser = self.denoiser.with_net(ema)
         self.ema_parameters = list(self.ema.parameters())
         self.parameters = list(self.net.parameters())
+        self.averages: dict[float, list[Tensor]] = {run.train.ema_halflife_images: self.ema_parameters}
+        """By half-life, tensors as in `parameters`: the main one, which is that of `ema`, and the others."""
+        for halflife in run.train.also_ema_halflife_images:
+            self.averages[halflife] = [parameter.clone() for parameter in self.ema_parameters]
+        self.ema_shares = [torch.tensor(0.0, device=place.device) for _ in self.averages]
 
     @property
     def images(self) -> int:
@@ -307,8 +335,9 @@ class Trainer:
         y = y.contiguous(memory_format=torch.channels_last)
         noise = numbers.noise.contiguous(memory_format=torch.channels_last)
         seen = self.images + train.batch
-        rate, share = learning_rate(train, seen), 1 - ema_decay(train, seen)
-        self.ema_share.fill_(share)
+        rate = learning_rate(train, seen)
+        for share, halflife in zip(self.ema_shares, self.averages, strict=True):
+            share.fill_(1 - ema_decay(train, seen, halflife))
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate)
@@ -322,27 +351,33 @@ class Trainer:
     def _update(
         self, y: Tensor, noise: Tensor, uniform: Tensor, labels: Tensor | None = None
     ) -> Float[Tensor, ""]:
-        """Loss, gradients, optimizer and average: all on the device, with nothing that waits for it."""
+        """Loss, gradients, optimizer and averages: all on the device, with nothing that waits for it."""
         self.optimizer.zero_grad(set_to_none=True)
+        given = [tensor.split(self.at_once) for tensor in (y, noise, uniform)]
+        given.append([None] * len(given[0]) if labels is None else labels.split(self.at_once))
+        total = 0.0
         # in bf16, the last convolution, which stays in float32, may drop all but 10 bits: 3 more than bf16
         with tf32(self.run.train.precision == "bf16"):
-            loss = self.loss(self.denoiser, y, noise, uniform, labels).mean()
-            loss.backward()
+            for part in zip(*given, strict=True):
+                loss = self.loss(self.denoiser, *part).mean() / len(given[0])
+                loss.backward()
+                total = total + loss.detach()
         if self.average_gradients:
             self.average_gradients()
         if self.run.train.grad_clip is not None:
             nn.utils.clip_grad_norm_(self.parameters, self.run.train.grad_clip)
         self.optimizer.step()
         with torch.no_grad():
-            changes = torch._foreach_sub(self.parameters, self.ema_parameters)
-            torch._foreach_mul_(changes, self.ema_share)
-            torch._foreach_add_(self.ema_parameters, changes)
-        return loss.detach()
+            for share, average in zip(self.ema_shares, self.averages.values(), strict=True):
+                changes = torch._foreach_sub(self.parameters, average)
+                torch._foreach_mul_(changes, share)
+                torch._foreach_add_(average, changes)
+        return total
 
     def _replay(self, given: tuple[Tensor, ...]) -> Float[Tensor, ""]:
         """`_update` as one CUDA graph, captured after a few steps: launching its kernels costs nothing.
 
-        The graph reads its inputs, learning rate and EMA share from fixed places on the device; dropout
+        The graph reads its inputs, learning rate and EMA shares from fixed places on the device; dropout
         follows the default generator's seed as set before each replay. Capturing changes no weights.
         """
         self.captured = self.captured or cuda_graph.Captured(self._update)
@@ -356,6 +391,20 @@ class Trainer:
             torch.cuda.synchronize(self.place.device)
             self.captured = None
 
+    @contextmanager
+    @torch.no_grad()
+    def averaged(self, halflife: float) -> Iterator[None]:
+        """Within a block `ema` and `ema_denoiser` have the average of that half-life, one of `averages`.
+
+        So one network, compiled once, measures and records them all. No step may be made in the block.
+        """
+        main = [parameter.clone() for parameter in self.ema_parameters]
+        torch._foreach_copy_(self.ema_parameters, self.averages[halflife])
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self.ema_parameters, main)
+
     def save_state(self, path: Path) -> None:
         """Write all of the state, atomically: a killed run goes on from here."""
         tensors = {}
@@ -364,7 +413,8 @@ class Trainer:
             tensors |= {
                 f"optimizer.{name}.{key}": value for key, value in self.optimizer.state[parameter].items()
             }
-        tensors |= {f"ema.{name}": parameter for name, parameter in self.ema.named_parameters()}
+        for prefix, average in self._averages_by_prefix():
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in average.items()}
         plain = {name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
                  for name, tensor in tensors.items()}  # fmt: skip
         if broken := [name for name, tensor in plain.items() if not tensor.isfinite().all()]:
@@ -383,6 +433,14 @@ class Trainer:
         files.replace_atomic(
             path / STATE, lambda temporary: save_file(plain, temporary, {"about": json.dumps(about)})
         )
+
+    def _averages_by_prefix(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What each average's tensors are called in the state file, and these by parameter name."""
+        names = [name for name, _ in self.ema.named_parameters()]
+        for halflife, average in self.averages.items():
+            main = average is self.ema_parameters
+            prefix = "ema" if main else f"ema{runs.halflife_label(halflife)}"
+            yield prefix, dict(zip(names, average, strict=True))
 
     def load_state(self, path: Path) -> None:
         """Restore what `save_state` wrote; raises `ReproError` where it belongs to other settings."""
@@ -411,8 +469,9 @@ class Trainer:
                     like_parameter = value.shape == parameter.shape and key != "step"
                     placed = torch.empty_like(parameter).copy_(value) if like_parameter else value.to(on)
                     self.optimizer.state[parameter][key] = placed
-            for name, parameter in self.ema.named_parameters():
-                parameter.copy_(tensors[f"ema.{name}"])
+            for prefix, average in self._averages_by_prefix():
+                for name, tensor in average.items():
+                    tensor.copy_(tensors[f"{prefix}.{name}"])
         self.captured = None  # a graph would go on with the tensors replaced above
         self.step, self.seconds, self.stopped = about["step"], about["seconds"], about.get("stopped", False)
         self.sessions = [runs.Session(**session) for session in about.get("sessions", [])]
@@ -522,8 +581,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
             files.append_line(out / name, line)
 
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, run.train.cudnn_plans
-    if run.train.batch % place.world:
-        raise ReproError(f"a batch of {run.train.batch} cannot be shared by {place.world} processes")
+    shares(run.train, place.world)  # raises, before anything is read
     real = data.load(run.data.name)
     check_data(run, real)
     check_evaluations(run, real)
@@ -597,7 +655,11 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         if place.first and classifying:
             record_weights(out, now, trainer.ema)
         elif place.first:
-            now = record_run(out, now, trainer.ema, grid, place.device)
+            others = {}
+            for halflife in run.train.also_ema_halflife_images:
+                with trainer.averaged(halflife):
+                    others |= runs.save_weights(out, trainer.ema.state_dict(), run, halflife)
+            now = record_run(out, now, trainer.ema, grid, place.device, others)
             if last and not run.record_weights:
                 runs.forget_weights(out, now)
 
@@ -735,25 +797,33 @@ def measured(
     """What is measured of the averaged weights: lines for metrics.jsonl.
 
     Of a denoiser the distance, by each sampler; at the last measurement also copies and errors by noise
-    level. Of a classifier the accuracy by noise level. network: of the distance's features.
+    level. Of a classifier the accuracy by noise level. Of further averages the distances alone, from the
+    same seeds, in lines that say `ema_halflife_images`. network: of the distance's features.
     """
     run, device, precision = trainer.run, trainer.place.device, trainer.run.train.precision
 
     def by_level(count: int) -> dict:
         return evaluate.by_level(trainer.ema_denoiser, run, trainer.images, device, precision, count)
 
-    if run.model.kind == "classifier":
-        yield by_level(run.evaluate.levels or 25)
-    else:
+    def distances(neighbours: bool) -> Iterator[dict]:
         for how in (run.sample, *run.evaluate.also):
             yield from evaluate.evaluate(
                 trainer.ema_denoiser, replace(run, sample=how), trainer.fingerprint, trainer.images, device,
-                precision, evaluation_batch(run), last and how == run.sample and len(held_out) > 0, network,
+                precision, evaluation_batch(run), neighbours and how == run.sample, network,
                 run.train.cuda_graphs,
             )  # fmt: skip
+
+    if run.model.kind == "classifier":
+        yield by_level(run.evaluate.levels or 25)
+    else:
+        yield from distances(last and len(held_out) > 0)
         if last and run.evaluate.levels:
             yield by_level(run.evaluate.levels)
     yield from held_out_loss(trainer, real, trained_on, held_out)
+    for halflife in run.train.also_ema_halflife_images:
+        with trainer.averaged(halflife):
+            for line in distances(False):
+                yield line | {"ema_halflife_images": halflife}
 
 
 @torch.no_grad()
@@ -792,15 +862,26 @@ def held_out_loss(
 
 
 def record_run(
-    out: Path, record: runs.Record, ema: nn.Module, grid: tuple[int, int], device: torch.device
+    out: Path,
+    record: runs.Record,
+    ema: nn.Module,
+    grid: tuple[int, int],
+    device: torch.device,
+    others: dict[str, str] | None = None,
 ) -> runs.Record:
-    """Record the averaged weights, and samples drawn from them."""
-    return record_samples(out, record_weights(out, record, ema), grid, device)
+    """Record the averaged weights, and samples drawn from them; others: as in `record_weights`."""
+    return record_samples(out, record_weights(out, record, ema, others), grid, device)
 
 
-def record_weights(out: Path, record: runs.Record, ema: nn.Module) -> runs.Record:
-    """Record the averaged weights, float16, and return the record with their hashes."""
-    record = replace(record, weights=runs.save_weights(out, ema.state_dict(), record.config), samples=None)
+def record_weights(
+    out: Path, record: runs.Record, ema: nn.Module, others: dict[str, str] | None = None
+) -> runs.Record:
+    """Record the averaged weights, float16, and return the record with their hashes.
+
+    others: files and hashes of further averages, which lie in `out` already.
+    """
+    hashes = runs.save_weights(out, ema.state_dict(), record.config) | (others or {})
+    record = replace(record, weights=hashes, samples=None)
     runs.write_record(out, record)
     return record
 
