@@ -78,6 +78,9 @@ class TrainOptions:
     """By default the GPU if there is one."""
     minutes: float | None = None
     """Stop after this many, measured and recorded (the last measurement comes on top); by default never."""
+    dry_run: bool = False
+    """Only print what the training takes: steps, memory, arithmetic. Needs no data and no GPU and writes
+    nothing. For N processes: with WORLD_SIZE=N in the environment, or under torchrun."""
 
 
 def train(name: str, arguments: list[str]) -> None:
@@ -88,6 +91,12 @@ def train(name: str, arguments: list[str]) -> None:
     if options.data_root:
         os.environ["REPRO_DATA"] = str(options.data_root)
     run, out = options.run, options.out or Path("runs") / name
+    if options.dry_run:
+        from repro import plan
+
+        if os.environ.get("RANK", "0") == "0":
+            print(plan.describe(run, plan.plan(run, int(os.environ.get("WORLD_SIZE", 1)))))
+        return
     if out.name != name.split("/")[1]:  # a run of its own, not the preset
         run = replace(run, name=f"{name.split('/')[0]}/{out.name}", note=f"After the preset {name}.")
     folder = run_training(run, out, options.device, minutes=options.minutes)

@@ -15,13 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import tyro
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -144,17 +146,30 @@ def median_seconds(work, repeats: int, warm_up: int = 3) -> float:
     return sorted(start.elapsed_time(end) for start, end in events)[repeats // 2] / 1000
 
 
+@contextmanager
+def without_content(run: config.Config, images: int) -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
+    """The network of `run` and inputs for so many images, of which there are shapes alone within a block.
+
+    So a network of any size is counted in a little memory. The meta device would do but for autocast.
+    """
+    size, labelled = run.data.resolution, run.data.classes and run.model.kind != "classifier"
+    with torch.device("meta"):
+        net = runs.network(run)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        inputs = [torch.zeros(images, run.data.channels, size, size), torch.zeros(images)]
+        if labelled:
+            inputs.append(torch.zeros(images, dtype=torch.long))
+        yield net.to_empty(device="cpu"), tuple(inputs)
+
+
 def forward_flops(run: config.Config, plain: bool = True) -> float:
     """FLOPs of one forward pass of one image: of the network as defined, or as we compute it."""
-    net = runs.build(run).net
-    if plain:
-        make_plain(net)
-    size = run.data.resolution
-    # tensors without content, as on the meta device, which autocast does not know; and attention by
-    # two matrix products, since the CPU's fused one is not counted
-    fake, plain = FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH)
-    with fake, plain, FlopCounterMode(display=False) as counter:
-        net(torch.zeros(1, run.data.channels, size, size), torch.zeros(1))
+    with without_content(run, 1) as (net, inputs):
+        if plain:
+            make_plain(net)
+        # attention by two matrix products, since the CPU's fused one is not counted
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            net(*inputs)
     return float(counter.get_total_flops())
 
 

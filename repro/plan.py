@@ -1,0 +1,122 @@
+"""What a training will take, told before it is started: steps, memory and arithmetic, from shapes alone.
+
+Networks are built of tensors without content, so that those of the paper profile can be planned anywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from repro import bench, config, runs, train
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one process of a training holds and does."""
+
+    parameters: int
+    images: int
+    """Images that are trained on in all: whole steps, so up to a batch more than asked for."""
+    steps: int
+    processes: int
+    share: int
+    """Images of a step that each process takes."""
+    at_once: int
+    """Images that it takes through the network at once."""
+    state: dict[str, int]
+    """Bytes of what a process holds all the time, exactly: weights, gradients, Adam, averages, all-reduce."""
+    kept: int
+    """Bytes kept of `at_once` images for the backward pass (see `kept_for_backward`)."""
+    forward_flops: float
+    """FLOPs of a forward pass of one image, two a multiply-add (see `bench.forward_flops`)."""
+
+
+def plan(run: config.Config, processes: int = 1) -> Plan:
+    """What `run` takes on so many processes; needs neither its data nor its memory, and writes nothing.
+
+    Raises `ReproError` for a batch that does not divide (see `train.shares`), and for sizes of a network that
+    do not fit each other.
+    """
+    share, at_once = train.shares(run.train, processes)
+    steps = math.ceil(run.train.images / run.train.batch)
+    with torch.device("meta"):
+        tensors = list(runs.network(run).parameters())
+    # linear in the images, but for the copies of weights that autocast makes
+    one, two = (kept_for_backward(run, images) for images in (1, 2))
+    return Plan(
+        parameters=sum(tensor.numel() for tensor in tensors),
+        images=steps * run.train.batch,
+        steps=steps,
+        processes=processes,
+        share=share,
+        at_once=at_once,
+        state=state_bytes(tensors, 1 + len(run.train.also_ema_halflife_images), processes),
+        kept=one + (at_once - 1) * (two - one),
+        forward_flops=bench.forward_flops(run),
+    )
+
+
+def state_bytes(parameters: list[Tensor], averages: int, processes: int) -> dict[str, int]:
+    """Bytes of what a process holds besides activations, by kind, for parameters of any device.
+
+    Adam keeps two moments of each parameter, and counts its steps in a float32 for each tensor. Where there
+    are several processes, gradients are copied to be summed over them. Images are not counted.
+    """
+    weights = sum(tensor.nbytes for tensor in parameters)
+    state = {
+        "weights": weights,
+        "gradients": weights,
+        "Adam": 2 * weights + 4 * len(parameters),
+        "averages": averages * weights,
+    }
+    return state | ({"all-reduce": weights} if processes > 1 else {})
+
+
+def kept_for_backward(run: config.Config, images: int) -> int:
+    """Bytes that plain PyTorch keeps of a forward pass of so many images for the backward pass, without the
+    parameters themselves: an estimate of the memory of activations.
+
+    Counted on tensors without content, each storage once. A compiled network, and the kernels of a GPU
+    (`repro.models.norm_kernels`), keep less; gradients of activations and workspaces come on top.
+    """
+    with bench.without_content(run, images) as (net, inputs):
+        own = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+        seen: list[Tensor] = []  # which keeps them, and so their addresses
+
+        def keep(tensor: Tensor) -> Tensor:
+            seen.append(tensor)
+            return tensor
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bf16"),
+        ):
+            net(*inputs)
+        storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in seen)}
+    return sum(size for address, size in storages.items() if address not in own)
+
+
+def describe(run: config.Config, plan: Plan) -> str:
+    """A plan of `run` in a few lines of text."""
+    times = f"{plan.share // plan.at_once} times " if plan.at_once < plan.share else ""
+    state = ", ".join(f"{name} {_gib(size)}" for name, size in plan.state.items())
+    averages = 1 + len(run.train.also_ema_halflife_images)
+    lines = {
+        "network": f"{run.model.kind}, {plan.parameters:,} parameters, {run.train.precision}",
+        "training": f"{plan.steps:,} steps of {run.train.batch:,} images, {plan.images:,} images",
+        "processes": f"{plan.processes}, each {times}{plan.at_once:,} images at once a step",
+        "state": f"{_gib(sum(plan.state.values()))} a process ({state}; averages: {averages})",
+        "activations": f"about {_gib(plan.kept)} of {plan.at_once:,} images at once, by plain PyTorch; "
+        "compiled, less",
+        "arithmetic": f"{plan.forward_flops / 1e9:,.2f} GFLOP a forward pass of an image; a step is about "
+        f"{3 * plan.forward_flops * run.train.batch / 1e12:,.2f} TFLOP over all processes",
+    }
+    return "\n".join([run.name, *(f"  {name:<12} {text}" for name, text in lines.items())])
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"
