@@ -9,7 +9,18 @@ from __future__ import annotations
 import difflib
 from dataclasses import replace
 
-from repro.config import Config, Data, Evaluate, NoisyClassifier, Sample, Train, UNet, ViT, Weight
+from repro.config import (
+    Config,
+    Data,
+    Evaluate,
+    NoisyClassifier,
+    Sample,
+    Schedule,
+    Train,
+    UNet,
+    ViT,
+    Weight,
+)
 from repro.files import ReproError
 
 _lab_celeba64_unet = Config(
@@ -209,6 +220,100 @@ def _arms() -> list[Config]:
     return lab + [arm(_paper_arm, name) for name in ARMS]
 
 
+# Figure 2 (supplement, section 4.1.1): Min-SNR inside EDM on ImageNet 64 x 64 ----------------------------
+
+_paper_edm = Config(
+    name="paper/imagenet64-edm",
+    data=Data("imagenet64", classes=1000, flip=False),
+    model=UNet(
+        channels=192,
+        multipliers=(1, 2, 3, 4),
+        blocks=3,
+        attention=(32, 16, 8),
+        heads=None,
+        head_channels=64,
+        dropout=0.1,
+        null_class=False,
+    ),
+    train=Train(
+        images=2_500_000_000,
+        batch=4096,
+        lr=1e-4,
+        warmup_images=10_000_000,
+        ema_halflife_images=50_000_000,
+        grad_clip=None,
+        state_every_images=10_000_000,
+    ),
+    schedule=Schedule("edm"),
+    parameterization="edm",
+    weight=Weight("edm"),
+    evaluate=Evaluate(
+        at=tuple(int(1e6 * m) for m in (25, 50, 100, 200, 400, 800, 1600, 2500)),
+        samples=50_000,
+        features="inception",
+        levels=40,
+    ),
+    note="Figure 2's baseline: the ImageNet-64 training of NVlabs/edm (README and train.py), which the "
+    "supplement keeps, but ends before its 2500M images. Ours: bfloat16, not float16; a loss that is the "
+    "mean over pixels, not 100 times their sum; when it is measured.",
+)
+
+_lab_edm = replace(
+    _paper_edm,
+    name="lab/imagenet64-edm",
+    data=_imagenet64_subset,
+    model=UNet(
+        channels=32,
+        multipliers=(2, 2, 3, 3),
+        blocks=1,
+        attention=(16, 8),
+        heads=None,
+        head_channels=32,
+        dropout=0.05,
+        null_class=False,
+    ),
+    train=Train(
+        images=6_000_000,
+        lr=1e-3,
+        warmup_images=50_000,
+        ema_halflife_images=120_000,  # 1/50 of the training, as EDM's 50M of 2500M
+        also_ema_halflife_images=(30_000,),
+        cuda_graphs=True,
+        state_every_images=2_000_000,
+    ),
+    evaluate=Evaluate(at=tuple(round(6_000_000 / 2 ** (n / 2)) for n in range(7, -1, -1)), levels=40),
+    note="Figure 2's baseline at lab scale: EDM with a small ADM UNet on 20 classes.",
+)
+
+
+def _minsnr(base: Config, gamma: float) -> Config:
+    """EDM times min(SNR, gamma) / SNR; gamma 5, the supplement's, has no number in its name."""
+    other = {1: ". Beside Figure 2", 20: ", or 5 where SNR is sigma_data^2 / sigma^2. Beside Figure 2"}
+    return replace(
+        base,
+        name=f"{base.name}-minsnr{'' if gamma == 5 else f'{gamma:g}'}",
+        min_snr_factor=gamma,
+        note=f"{base.note} Its weight times min(SNR, gamma) / SNR, gamma {gamma:g}{other.get(gamma, '')}.",
+    )
+
+
+def _edm_runs() -> list[Config]:
+    """Both arms of Figure 2, other gammas beside them, and a second seed of the two."""
+    pair = [_lab_edm, _minsnr(_lab_edm, 5.0)]
+    again = [
+        replace(
+            run,
+            name=f"{run.name}-seed1",
+            train=replace(run.train, seed=1),
+            record_weights=False,
+            note=f"{run.note} Its weights are not recorded.",
+        )
+        for run in pair
+    ]
+    beside = [_minsnr(_lab_edm, gamma) for gamma in (1.0, 20.0)]
+    return [*pair, *beside, *again, _paper_edm, _minsnr(_paper_edm, 5.0)]
+
+
 PRESETS: dict[str, Config] = {
     preset.name: preset
     for preset in (
@@ -217,6 +322,7 @@ PRESETS: dict[str, Config] = {
         _lab_imagenet64_classifier,
         _paper_imagenet64_classifier,
         *_arms(),
+        *_edm_runs(),
     )
 }
 
