@@ -68,6 +68,11 @@ def test_an_unknown_preset_names_the_near_ones():
         (lambda c: c["model"].update(dropout=1.5), "dropout"),
         (lambda c: c["train"].update(lr=-1e-4), "train.lr"),
         (lambda c: c["train"].update(ema_halflife_images=0), "train.ema_halflife_images"),
+        (lambda c: c["train"].update(also_ema_halflife_images=[0]), "train.also_ema_halflife_images"),
+        (lambda c: c["train"].update(also_ema_halflife_images=[7, 7]), "must differ"),
+        (lambda c: c["train"].update(also_ema_halflife_images=[1_500_000]), "must differ"),
+        (lambda c: c["train"].update(micro_batch=0), "train.micro_batch"),
+        (lambda c: c.update(min_snr_factor=0), "min_snr_factor"),
     ],
 )
 def test_what_means_nothing_is_refused_by_name(change, message):
@@ -84,6 +89,21 @@ def test_what_means_nothing_is_refused_by_name(change, message):
 def test_a_time_table_needs_a_row_for_each_step(schedule, rows, message):
     with pytest.raises(ValueError, match=message):
         Config("lab/x", Data("celeba64"), ViT(time_rows=rows), Train(images=1), schedule=schedule)
+
+
+@pytest.mark.parametrize("change", [{"min_snr_factor": 5}, {"train": {"also_ema_halflife_images": [5]}}])
+def test_a_classifier_has_no_factor_and_one_average(change):
+    values = config.to_json(presets.preset("lab/imagenet64-classifier"))
+    values = {**values, **change, "train": {**values["train"], **change.get("train", {})}}
+    with pytest.raises(ValueError, match="a classifier has no min_snr_factor and no train.also_ema"):
+        config.from_json(values)
+
+
+def test_a_configuration_from_before_an_option_means_what_it_meant():
+    run = presets.preset("lab/celeba64-unet")
+    values = config.to_json(run)
+    del values["min_snr_factor"], values["train"]["micro_batch"], values["train"]["also_ema_halflife_images"]
+    assert config.from_json(values) == run
 
 
 def test_differences_are_named():
@@ -132,3 +152,43 @@ def test_the_lab_arms_see_two_million_images_and_take_six_megabytes():
     parameters = sum(p.numel() for p in runs.build(run).net.parameters())
     assert 2 * parameters < 6e6  # float16
     assert (run.model.patch, run.evaluate.at[-1]) == (4, run.train.images)
+
+
+# Min-SNR inside EDM: Figure 2
+
+
+def test_the_runs_of_figure_2_differ_in_the_factor_and_the_seed_alone():
+    for profile in ("lab", "paper"):
+        name = f"{profile}/imagenet64-edm"
+        runs_of = [run for other, run in presets.PRESETS.items() if other.startswith(name)]
+        ends = ["", "-minsnr", "-minsnr1", "-minsnr20", "-seed1", "-minsnr-seed1"]
+        assert [run.name.removeprefix(name) for run in runs_of] == ends[: len(runs_of)]
+        assert len(runs_of) == {"lab": 6, "paper": 2}[profile]
+        for run in runs_of:
+            seeded = run.name.endswith("-seed1")
+            assert (run.train.seed, run.record_weights) == ((1, False) if seeded else (0, True))
+            gamma = {"": None, "-minsnr": 5, "-minsnr1": 1, "-minsnr20": 20}
+            assert run.min_snr_factor == gamma[run.name.removesuffix("-seed1").removeprefix(name)]
+            assert set(runs.differences(runs_of[0], run)) <= {
+                "name", "note", "record_weights", "train.seed", "min_snr_factor",
+            }  # fmt: skip
+            assert (run.schedule.name, run.parameterization, run.weight) == (
+                "edm",
+                "edm",
+                config.Weight("edm"),
+            )
+            assert run.evaluate.at[-1] == run.train.images and len(run.evaluate.at) == 8
+            assert "not recorded" in run.note or not seeded
+
+
+def test_the_lab_network_of_figure_2_is_small():
+    run = presets.preset("lab/imagenet64-edm")
+    assert 3.6e6 < sum(p.numel() for p in runs.build(run).net.parameters()) < 4.0e6
+
+
+def test_the_paper_network_of_figure_2_is_adms():
+    """295.9M parameters with ADM's 6 output channels (openai/guided-diffusion), of which EDM keeps 3."""
+    run = presets.preset("paper/imagenet64-edm")
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in runs.network(run).parameters())
+    assert parameters + 3 * (192 * 9 + 1) == pytest.approx(295.9e6, abs=0.05e6)

@@ -172,6 +172,42 @@ def test_evaluate_measures_blocks_of_seeds_and_each_of_the_runs_samplers(copied,
     assert "--blocks 0 measures nothing" in refused(capsys, "evaluate", NAME, "--blocks", "0")
 
 
+def test_evaluate_measures_a_further_average_of_the_weights(home, trained, capsys, monkeypatch):
+    out = home / "two" / NAME
+    assert main(["train", NAME, "--out", str(out), *TINY, "--train.also-ema-halflife-images", "40"]) == 0
+    monkeypatch.setenv("REPRO_RUNS", str(home / "two"))
+    recorded = runs.load_run(NAME)
+    assert sorted(recorded.record.weights) == [
+        "weights-00001-of-00001.safetensors", "weights-ema40-00001-of-00001.safetensors",
+    ]  # fmt: skip
+    options = ["--evaluate.samples", "4", "--precision", "fp32", "--device", "cpu"]
+    assert main(["evaluate", NAME, *options]) == main(["evaluate", NAME, *options, "--ema", "40"]) == 0
+    assert main(["evaluate", NAME, *options, "--ema", "1"]) == 0  # the main one, by its half-life
+    main_line, further, again = runs.load_run(NAME).metrics
+    assert further["ema_halflife_images"] == 40 and "ema_halflife_images" not in main_line | again
+    assert main_line["value"] == again["value"] != further["value"]
+    message = refused(capsys, "evaluate", NAME, *options, "--ema", "7")
+    assert "keeps no average with a half-life of 7 images; it keeps those of 1, 40" in message
+
+
+@pytest.mark.parametrize(
+    "name, options, wanted",
+    [
+        ("edm", ["--min-snr-factor", "20"], (20.0, None, (30_000.0,))),
+        ("edm-minsnr", ["--min-snr-factor", "None"], (None, None, (30_000.0,))),
+        ("edm-minsnr", ["--train.micro-batch", "64"], (5.0, 64, (30_000.0,))),
+        ("edm", ["--train.also-ema-halflife-images", "1e3", "2e3"], (None, None, (1e3, 2e3))),
+        ("edm", ["--train.also-ema-halflife-images"], (None, None, ())),
+    ],
+)
+def test_options_that_may_be_none_or_several(monkeypatch, name, options, wanted):
+    seen = []
+    monkeypatch.setattr("repro.train.train", lambda run, *_, **__: seen.append(run))
+    assert main(["train", f"lab/imagenet64-{name}", *options]) == 0
+    (run,) = seen
+    assert (run.min_snr_factor, run.train.micro_batch, run.train.also_ema_halflife_images) == wanted
+
+
 # Help -----------------------------------------------------------------------------------------------
 
 
@@ -231,6 +267,7 @@ def test_presets_lists_all(capsys):
     assert all(preset.note in text for preset in PRESETS.values())
     assert "celeba64, unet, eps, min_snr 5, 12M images" in text
     assert "imagenet64-subset, vit, x0, truncated_snr, 2M images" in text
+    assert "imagenet64-subset, unet, edm, edm times min(SNR, 5)/SNR, 6M images" in text
     assert "imagenet64, classifier, 76.8M images" in text  # which has no target and no loss weight
 
 

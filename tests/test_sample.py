@@ -9,7 +9,7 @@ import torch
 from exact import ExactNet, Gaussian, Mixture
 from scipy import stats
 
-from repro import config, denoiser, runs, sample, samplers, schedules
+from repro import config, denoiser, presets, runs, sample, samplers, schedules
 
 MIXTURE = Mixture()
 RUN = config.Config(
@@ -217,6 +217,20 @@ def test_network_calls_and_their_sizes(options, wanted):
         wanted = [4 if s <= 1 else 2 for s in visited]
         assert 2 in wanted and 4 in wanted
     assert D.net.calls == wanted
+
+
+@pytest.mark.parametrize("profile", ["lab", "paper"])
+def test_edms_18_heun_steps_ask_35_times_from_80_down_to_0_002(profile):
+    run, asked = presets.preset(f"{profile}/imagenet64-edm"), []
+
+    def denoise(x, sigma, labels):
+        asked.append(float(sigma))
+        return 0.5 * x
+
+    D = denoiser.Denoiser(torch.nn.Identity(), schedules.from_config(run.schedule), denoiser.edm())
+    sample.sample_batch(D, run.sample, lambda: torch.ones(1, 1, 2, 2), labelled=denoise)
+    assert len(asked) == sample.evaluations(run.sample, 18) == 35
+    assert (asked[0], asked[-1]) == (pytest.approx(80), pytest.approx(0.002))
 
 
 def test_guidance_finds_the_null_class_of_a_compiled_network():

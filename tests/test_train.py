@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -13,9 +14,22 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from scipy import stats
 
-from repro import config, data, evaluate, files, prepare, provenance, runs, train
+from repro import (
+    config,
+    data,
+    denoiser,
+    evaluate,
+    files,
+    prepare,
+    presets,
+    provenance,
+    runs,
+    schedules,
+    train,
+)
 from repro.config import Config, Data, Evaluate, Sample, Train, UNet, ViT
 from repro.files import ReproError
 
@@ -302,10 +316,12 @@ def test_a_record_made_up_for_keeps_what_was_measured(home, monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
-@pytest.mark.parametrize("classes", [0, 2])
-def test_a_captured_step_is_the_step(classes):
+@pytest.mark.parametrize(
+    "classes, changes", [(0, {}), (2, {}), (2, {"micro_batch": 2, "also_ema_halflife_images": (5.0,)})]
+)
+def test_a_captured_step_is_the_step(classes, changes):
     run = dataclasses.replace(
-        change(RUN, cuda_graphs=True, batch=8, warmup_images=80, precision="bf16"),
+        change(RUN, cuda_graphs=True, batch=8, warmup_images=80, precision="bf16", **changes),
         model=dataclasses.replace(UNET, dropout=0.2),
         data=Data("drawn", classes=classes),
     )
@@ -322,7 +338,8 @@ def test_a_captured_step_is_the_step(classes):
         ]
         assert (trainer.captured is not None and trainer.captured.graph is not None) == graphs
         optimizer = [v for state in trainer.optimizer.state.values() for v in state.values()]
-        states.append([losses, *trainer.parameters, *trainer.ema_parameters, *optimizer])
+        averages = [tensor for average in trainer.averages.values() for tensor in average]
+        states.append([losses, *trainer.parameters, *averages, *optimizer])
     assert states[0][0] == states[1][0]
     assert all(torch.equal(a, b) for a, b in zip(states[0][1:], states[1][1:], strict=True))
 
@@ -356,9 +373,10 @@ def torchrun(number, *arguments):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_two_processes_train_and_sample_what_one_does(home):
+@pytest.mark.parametrize("changes", ["", ", micro_batch=1"], ids=["at once", "one by one"])
+def test_two_processes_train_and_sample_what_one_does(home, changes):
     """Same data, noise and levels. Sums differ in their order: what is learned differs by 2e-6 of itself."""
-    (home / "two.py").write_text(script(home / "two", changes="images=40"))
+    (home / "two.py").write_text(script(home / "two", changes=f"images=40{changes}"))
     torchrun(2, home / "two.py")
     train.train(change(RUN, images=40), home / "one", "cpu", grid=(1, 1))
     one, two = (runs.load_run(home / out) for out in ("one", "two"))
@@ -405,6 +423,43 @@ torch.distributed.destroy_process_group()
 def test_gradients_are_averaged_over_processes(tmp_path):
     (tmp_path / "gradients.py").write_text(GRADIENTS)
     torchrun(2, tmp_path / "gradients.py")
+
+
+SHRUNK = {
+    "name", "note", "data.name", "data.classes", "model.channels", "model.multipliers", "model.blocks",
+    "model.attention", "model.head_channels", "train.images", "train.batch", "train.micro_batch",
+    "train.compile", "train.log_every_images", "sample.steps", "evaluate.at",
+}  # fmt: skip
+"""What the first steps below change of the paper's preset: the network's size, the data, and lengths. All
+that remains is the paper's: schedule, target, weight, factor, Adam, warm-up, average, dropout, bfloat16."""
+
+
+def test_the_first_steps_of_the_papers_edm_on_two_processes_by_micro_batches(tmp_path, monkeypatch):
+    prepared(tmp_path, classes=2, count=6)
+    monkeypatch.setenv("REPRO_DATA", str(tmp_path / "data"))
+    shrunk = """
+        --data.name drawn --data.classes 2 --model.channels 32 --model.multipliers 1 1 1 --model.blocks 1
+        --model.attention 16 --model.head-channels 32 --train.images 24 --train.batch 8 --train.micro-batch 2
+        --train.no-compile --train.log-every-images 8 --sample.steps 2 --evaluate.at --device cpu
+    """.split()
+    name = "paper/imagenet64-edm-minsnr"
+    torchrun(2, "-m", "repro", "train", name, "--out", tmp_path / "first", *shrunk)
+    run, preset = runs.load_run(tmp_path / "first"), presets.preset(name)
+    assert set(runs.differences(run.config, preset)) == SHRUNK
+    assert (run.record.images, run.record.processes) == (24, 2)
+    assert [rate for _, _, rate in log_of(run.path)] == pytest.approx([8e-11, 16e-11, 24e-11])  # of 1e-4
+
+    # before it learns the network predicts 0: the loss is that of its target, times the factor
+    numbers = train.draw(run.config, 0, CPU, torch.Generator())
+    y, _ = train.Batches(data.load("drawn"), np.arange(12), run.config.train, CPU).fetch(0)
+    sigma = schedules.from_config(preset.schedule).draw(numbers.uniform)
+    on_y, on_noise = (c[:, None, None, None] for c in denoiser.edm(0.5).target(sigma))
+    errors = (on_y * y + on_noise * numbers.noise).square().mean((1, 2, 3))
+    wanted = (errors * (5 * sigma**2).clamp(max=1)).mean()
+    assert log_of(run.path)[0][1] == pytest.approx(float(wanted), rel=1e-5)
+    # and a step at most as large as Adam's first
+    moved = load_file(run.path / train.STATE)["net.conv_out.weight"].abs().max()
+    assert 0 < moved <= 1.01e-4 * (8 + 16 + 24) / 10**7
 
 
 # What a step does -----------------------------------------------------------------------------------
@@ -491,6 +546,221 @@ def test_the_average_is_the_recursion_written_out(home):
         torch.testing.assert_close(p.double(), e, rtol=1e-5, atol=1e-7)
 
 
+STEADY = change(EVALUATED, ema_rampup=None)
+"""Without the ramp-up, by which both averages below would have the same half-life all along."""
+
+
+def with_two_averages(**changes):
+    """A run with averages of half-lives 20 and 5, on images of which some are held out."""
+    return change(STEADY, also_ema_halflife_images=(5.0,), **changes)
+
+
+@pytest.mark.parametrize("rampup", [None, 1.0])
+def test_each_of_two_averages_is_its_recursion_written_out(home, rampup):
+    run = with_two_averages(ema_rampup=rampup)
+    trainer = train.Trainer(run, CPU)
+    batches = train.Batches(data.load("drawn"), np.arange(10), run.train, CPU)
+    start = [p.detach().double().clone() for p in trainer.parameters]
+    expected = {20: start, 5: start}
+    for step in range(3):
+        trainer.train_step(*batches.fetch(step), train.draw(run, step, CPU, torch.Generator()))
+        for halflife, average in expected.items():
+            effective = halflife if rampup is None else min(halflife, rampup * 4 * (step + 1))
+            decay = 0.5 ** (4 / effective)
+            expected[halflife] = [
+                decay * e + (1 - decay) * p.detach() for e, p in zip(average, trainer.parameters, strict=True)
+            ]
+    assert list(trainer.averages) == [20, 5]
+    for halflife, average in expected.items():
+        for e, p in zip(average, trainer.averages[halflife], strict=True):
+            torch.testing.assert_close(p.double(), e, rtol=1e-5, atol=1e-7)
+    apart = torch.cat([(a - b).flatten() for a, b in zip(expected[20], expected[5], strict=True)])
+    assert apart.abs().max() > 1e-4  # else one could stand for the other
+
+
+def test_within_a_block_the_network_has_another_average_and_then_its_own_again(home):
+    run = with_two_averages()
+    trainer = train.Trainer(run, CPU)
+    batches = train.Batches(data.load("drawn"), np.arange(10), run.train, CPU)
+    trainer.train_step(*batches.fetch(0), train.draw(run, 0, CPU, torch.Generator()))
+    main, other = ([p.clone() for p in trainer.averages[halflife]] for halflife in (20.0, 5.0))
+
+    def is_now(average):
+        return all(torch.equal(a, b) for a, b in zip(trainer.ema.parameters(), average, strict=True))
+
+    with pytest.raises(KeyboardInterrupt), trainer.averaged(5.0):
+        assert is_now(other) and not is_now(main)
+        raise KeyboardInterrupt
+    assert is_now(main)
+
+
+def test_two_averages_are_measured_recorded_and_resumed_beside_a_run_that_is_else_the_same(home, monkeypatch):
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
+    alone = runs.load_run(train.train(STEADY, home / "alone", "cpu", grid=(1, 1)))
+    whole = runs.load_run(train.train(with_two_averages(), home / "whole", "cpu", grid=(1, 1)))
+    parts = train.train(with_two_averages(images=24), home / "parts", "cpu", grid=(1, 1))
+    parts = runs.load_run(train.train(with_two_averages(), parts, "cpu", grid=(1, 1)))
+
+    # the main average does not know of the other
+    how, further = whole.config.sample, [line for line in whole.metrics if "ema_halflife_images" in line]
+    assert whole.curve(how) == whole.curve(how, ema=20.0) == alone.curve(how)
+    main = [(m["name"], m["value"]) for m in whole.metrics if m not in further]
+    assert main == [(m["name"], m["value"]) for m in alone.metrics]
+    main_files = {name for name in whole.record.weights if "ema" not in name}
+    assert main_files == set(alone.record.weights)
+    assert all(torch.equal(whole.weights()[name], tensor) for name, tensor in alone.weights().items())
+    # one without further averages writes what it always wrote
+    assert not any("ema_halflife_images" in line for line in alone.metrics)
+    state = load_file(alone.path / train.STATE)
+    assert {name.split(".")[0] for name in state} == {"net", "optimizer", "ema"}
+
+    # the other is measured at the same times, with the same seeds, and recorded
+    assert [line["ema_halflife_images"] for line in further] == [5, 5]
+    assert further == whole.distances(how, ema=5.0)
+    for ours, mains in zip(further, whole.distances(how), strict=True):
+        same = ("images", "samples", "first_seed", "sample", "features", "evaluations")
+        assert {key: ours[key] for key in same} == {key: mains[key] for key in same}
+        assert ours["value"] != mains["value"]
+    state = load_file(whole.path / train.STATE)
+    assert {name.split(".")[0] for name in state} == {"net", "optimizer", "ema", "ema5"}
+    for halflife, prefix in ((None, "ema"), (20.0, "ema"), (5.0, "ema5")):
+        for name, tensor in whole.weights(halflife).items():
+            assert torch.equal(tensor, state[f"{prefix}.{name}"].half().float())
+    assert set(whole.record.weights) - main_files == {"weights-ema5-00001-of-00001.safetensors"}
+    with pytest.raises(ReproError, match="no average with a half-life of 7 images; it keeps those of 20, 5"):
+        whole.weights(7.0)
+
+    # resumed, both go on bit for bit
+    resumed = load_file(parts.path / train.STATE)
+    assert state.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in state.items())
+    assert parts.curve(how, ema=5.0)[1][-1] == whole.curve(how, ema=5.0)[1][-1]
+    assert set(parts.record.weights) == set(whole.record.weights)  # other headers: fewer images were planned
+    assert {path.name for path in parts.path.glob("weights-*")} == set(whole.record.weights)
+
+    # damage to its file is named, and leaves the main average readable
+    path = whole.path / "weights-ema5-00001-of-00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ReproError, match=f"{path.name} is damaged"):
+        whole.denoiser(ema=5.0)
+    whole.denoiser()
+
+
+def test_a_run_that_keeps_no_weights_keeps_none_of_any_average(home):
+    run = change(dataclasses.replace(RUN, record_weights=False), also_ema_halflife_images=(5.0, 6.5))
+    folder = train.train(run, home / "out", "cpu", grid=(1, 1))
+    assert runs.load_run(folder).record.weights == {} and not list(folder.glob("weights-*"))
+    with pytest.raises(ReproError, match="recorded without weights"):
+        runs.load_run(folder).weights(6.5)
+
+
+def test_a_state_from_before_an_option_goes_on_and_a_further_average_is_named(tmp_path):
+    train.Trainer(RUN, CPU, "f").save_state(tmp_path)
+    about = _about(tmp_path)
+    for name in ("micro_batch", "also_ema_halflife_images"):
+        del about["config"]["train"][name]
+    del about["config"]["min_snr_factor"]
+    state = load_file(tmp_path / train.STATE)
+    save_file(state, tmp_path / train.STATE, {"about": json.dumps(about)})
+    train.Trainer(RUN, CPU, "f").load_state(tmp_path)
+    further = change(RUN, also_ema_halflife_images=(5.0,))
+    for run, name in (
+        (further, "train.also_ema_halflife_images"),
+        (dataclasses.replace(RUN, min_snr_factor=5.0), "min_snr_factor"),
+    ):
+        with pytest.raises(ReproError, match=rf"saved with other settings \({name}\)"):
+            train.Trainer(run, CPU, "f").load_state(tmp_path)
+
+
+LABELLED = change(
+    dataclasses.replace(RUN, data=Data("drawn", classes=2), model=dataclasses.replace(UNET, dropout=0.0)),
+    label_drop=0.3, grad_clip=None, also_ema_halflife_images=(5.0,),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_a_step_by_micro_batches_is_the_step(micro_batch, monkeypatch):
+    """Same numbers for each image; only sums differ in their order."""
+    y, labels = (
+        torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([0, 1, 1, 0]),
+    )
+    trainers = [train.Trainer(run, CPU) for run in (LABELLED, change(LABELLED, micro_batch=micro_batch))]
+    sizes, loss_of = [], train.Trainer.loss
+
+    def loss(self, denoiser, y, *others):
+        sizes.append((self.at_once, len(y)))
+        return loss_of(self, denoiser, y, *others)
+
+    monkeypatch.setattr(train.Trainer, "loss", loss)
+    for step in range(3):
+        losses = [
+            trainer.train_step(y, labels, train.draw(LABELLED, step, CPU, torch.Generator()))
+            for trainer in trainers
+        ]
+        assert float(losses[1]) == pytest.approx(float(losses[0]), rel=1e-6)
+        if step == 0:  # later steps start at other weights: Adam divides by small numbers
+            gradients = [torch.cat([p.grad.flatten() for p in trainer.parameters]) for trainer in trainers]
+            assert (gradients[0] - gradients[1]).norm() < 1e-6 * gradients[0].norm()
+    assert sizes == 3 * [(4, 4), *(4 // micro_batch) * [(micro_batch, micro_batch)]]
+    start = train.Trainer(LABELLED, CPU).parameters
+    for halflife in (None, 20.0, 5.0):
+        alone, parted = (
+            torch.cat([
+                (p - s).flatten().detach()
+                for p, s in zip(t.averages[halflife] if halflife else t.parameters, start, strict=True)
+            ])
+            for t in trainers
+        )  # fmt: skip
+        assert (alone - parted).norm() < 1e-4 * alone.norm()
+
+
+def test_gradients_are_averaged_once_a_step_whatever_the_micro_batch(home):
+    run = change(RUN, micro_batch=1)
+    trainer, calls = train.Trainer(run, train.Place(1, 2, torch.device("cpu"))), []
+    assert isinstance(trainer.average_gradients, train.GradientMean)
+    trainer.average_gradients = lambda: calls.append([p.grad.clone() for p in trainer.parameters])
+    numbers = train.draw(run, 0, trainer.place, torch.Generator())
+    trainer.train_step(torch.zeros(2, 3, 64, 64), None, numbers)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("world, micro_batch, share", [(1, 3, 4), (2, 4, 2), (1, 8, 4)])
+def test_a_micro_batch_must_divide_a_processes_share(world, micro_batch, share):
+    with pytest.raises(
+        ReproError, match=f"train.micro_batch is {micro_batch}, .* choose a divisor of {share}"
+    ):
+        train.Trainer(change(RUN, micro_batch=micro_batch), train.Place(0, world, torch.device("cpu")))
+
+
+def test_before_it_learns_the_loss_of_edm_is_what_theory_says():
+    """On data of variance sigma_data^2 the first loss is 1 at every sigma. With the factor it is the mean of
+    min(1, gamma sigma^2), for normal ln sigma: P(sigma > a) + gamma E[sigma^2; sigma < a], a = gamma^(-1/2).
+    """
+    y, noise = (
+        torch.tensor(signs, dtype=torch.float32).view(1, 1, 2, 2).tile(400, 3, 32, 32)
+        for signs in ([0.5, 0.5, -0.5, -0.5], [1, -1, 1, -1])
+    )
+    uniform, edm = (torch.arange(400) + 0.5) / 400, config.Schedule("edm")
+    for gamma in (None, 1.0, 5.0, 20.0):
+        run = dataclasses.replace(
+            RUN, model=UNET, schedule=edm, parameterization="edm", weight=config.Weight("edm"),
+            min_snr_factor=gamma,
+        )  # fmt: skip
+        trainer = train.Trainer(run, CPU)
+        with torch.no_grad():
+            losses = [
+                trainer.loss(trainer.denoiser, y[some], noise[some], uniform[some], None)
+                for some in torch.arange(400).split(50)
+            ]
+        wanted = 1.0
+        if gamma is not None:
+            mean, std, end = edm.P_mean, edm.P_std, -math.log(gamma) / 2
+            below = stats.norm.cdf((end - mean - 2 * std**2) / std) * math.exp(2 * mean + 2 * std**2)
+            wanted = stats.norm.sf((end - mean) / std) + gamma * below
+        assert float(torch.cat(losses).mean()) == pytest.approx(wanted, rel=1e-6 if gamma is None else 2e-4)
+
+
 def test_gradients_are_clipped(home):
     trainer = train.Trainer(change(RUN, grad_clip=1e-3), CPU)
     batches = train.Batches(data.load("drawn"), np.arange(10), TRAIN, CPU)
@@ -563,7 +833,7 @@ def test_other_settings_or_pixels_do_not_go_on_from_a_state(home, tmp_path_facto
     "name, value",
     [
         ("images", 99), ("state_every_images", 1), ("log_every_images", 1), ("compile", True),
-        ("cuda_graphs", True),
+        ("cuda_graphs", True), ("micro_batch", 2),
     ],
 )  # fmt: skip
 def test_lengths_and_speed_may_change_when_a_run_goes_on(tmp_path, name, value):
