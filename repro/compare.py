@@ -136,6 +136,106 @@ def leads_from(fast: Sequence[Curve], slow: Sequence[Curve]) -> float | None:
     return float(images[after]) if after < len(images) else None
 
 
+@dataclass(frozen=True)
+class Pair:
+    """All that is said of one way of training beside another (see `pair`)."""
+
+    fast: str
+    slow: str
+    target: float
+    """Distance at which they are compared: the best that all seeds of both reach."""
+    ends: tuple[float, float]
+    """Last distance of each, geometric means over seeds."""
+    early: tuple[str, ...]
+    """Which of them are at `target` from their first measurement on, so that there is no ratio."""
+    speed_up: SpeedUp | None
+    leads_from: float | None
+    """Images from which on, to the end, `fast` is below `slow`; none where it is not in the end."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether there is an interval: some way has several seeds."""
+        return self.speed_up is not None and math.isfinite(self.speed_up.high)
+
+    def cells(self) -> dict[str, str]:
+        """What a table shows of the pair."""
+        found = self.speed_up
+        ratio = (
+            f"{found.ratio:.2f}"
+            if found
+            else f"none: {', '.join(self.early)} there from the first measurement"
+        )
+        interval = (
+            f"{found.low:.2f} to {found.high:.2f}" if self.sure else "unknown: one seed" if found else ""
+        )
+        return {
+            "arm": self.fast,
+            "beside": self.slow,
+            "last distance": f"{self.ends[0]:.1f}",
+            "that beside": f"{self.ends[1]:.1f}",
+            "at the distance": f"{self.target:.1f}",
+            "speed-up": ratio,
+            "interval": interval,
+            "verdict": found.verdict if self.sure else "",
+            "leads from (million images)": "never"
+            if self.leads_from is None
+            else f"{self.leads_from / 1e6:.2f}",
+        }
+
+    def sentence(self, distance: str) -> str:
+        """The same in words, without a full stop; distance: what its numbers are called."""
+        found, at = self.speed_up, f"{distance} {self.target:.1f}"
+        says = f"**{self.fast} beside {self.slow}**: "
+        if found is None:
+            says += (
+                f"{distance} {self.ends[0]:.0f} and {self.ends[1]:.0f} at the end; there is no ratio, for at "
+            )
+            says += f"{self.target:.1f} or below from the first measurement: {', '.join(self.early)}"
+        elif self.sure:
+            says += {"undecided": "neither faster nor slower, within the interval"}.get(
+                found.verdict, found.verdict
+            )
+            says += f"; the other needs {found.ratio:.2f} times as many images "
+            says += f"({found.low:.2f} to {found.high:.2f}) to {at}"
+        else:
+            says += (
+                f"the other needs {found.ratio:.2f} times as many images to {at}; with one seed of each, how "
+            )
+            says += "sure that is, is not known"
+        if self.leads_from is None:
+            return f"{says}; it is not ahead at the end"
+        return f"{says}; it is ahead at each measurement from {self.leads_from / 1e6:.2f}M images on"
+
+    def values(self) -> dict:
+        """The same as numbers, for `paper.save_values`; none where something is not known."""
+        found = self.speed_up
+        return {
+            "target": self.target,
+            "ends": list(self.ends),
+            "leads_from": self.leads_from,
+            "ratio": found and found.ratio,
+            "interval": [found.low, found.high] if self.sure else None,
+            "verdict": found.verdict if self.sure else None,
+        }
+
+
+def pair(ways: Mapping[str, Sequence[Curve]], fast: str, slow: str, confidence: float = 0.95) -> Pair:
+    """How much sooner `fast` is where `slow` is: at the best distance that all seeds of both reach.
+
+    `speed_up` says how the interval is found. Raises `ReproError` as it and `leads_from` do.
+    """
+    target = common_target({way: ways[way] for way in (fast, slow)})
+    return Pair(
+        fast,
+        slow,
+        target,
+        ends=tuple(float(band(ways[way])[1][-1]) for way in (fast, slow)),
+        early=tuple(way for way in (fast, slow) if any(values[0] <= target for _, values in ways[way])),
+        speed_up=speed_up(ways, fast, slow, target, confidence),
+        leads_from=leads_from(ways[fast], ways[slow]),
+    )
+
+
 def pooled_deviation(groups: Mapping[str, Sequence[float]]) -> float | None:
     """Standard deviation of ln(value) within groups, pooled over those of two or more; none without any."""
     known = _pooled({group: np.log(values) for group, values in groups.items()})

@@ -273,15 +273,16 @@ _lab_edm = replace(
         null_class=False,
     ),
     train=Train(
-        images=6_000_000,
+        images=4_000_000,
         lr=1e-3,
         warmup_images=50_000,
-        ema_halflife_images=120_000,  # 1/50 of the training, as EDM's 50M of 2500M
-        also_ema_halflife_images=(30_000,),
+        ema_halflife_images=80_000,  # 1/50 of the training, as EDM's 50M of 2500M
+        also_ema_halflife_images=(320_000,),
+        ema_rampup=0.1,
         cuda_graphs=True,
-        state_every_images=2_000_000,
+        state_every_images=4_000_000,
     ),
-    evaluate=Evaluate(at=tuple(round(6_000_000 / 2 ** (n / 2)) for n in range(7, -1, -1)), levels=40),
+    evaluate=Evaluate(at=tuple(round(4_000_000 / 2 ** (n / 2)) for n in range(7, -1, -1)), levels=40),
     note="Figure 2's baseline at lab scale: EDM with a small ADM UNet on 20 classes.",
 )
 

@@ -173,3 +173,65 @@ def test_seeds_that_do_not_reach_the_target_vary_as_they_do_where_they_last_all_
     )
     below = [power(1), power(1.1)]  # both are below 100 from their first point on
     assert compare.spread({"below": below}, 100.0) == pytest.approx((math.log(1.1) / math.sqrt(2), 1))
+
+
+def test_a_pair_says_all_that_is_known_of_two_ways():
+    ways = {"fast": [power(1), power(1.1)], "slow": [power(2), power(2.2)], "alone": [power(1.05)]}
+    found = compare.pair(ways, "fast", "slow")
+    assert found.target == min(power(2.2)[1])
+    assert found.speed_up == compare.speed_up(ways, "fast", "slow", found.target)
+    assert found.ends == pytest.approx([power(math.sqrt(a * b))[1][-1] for a, b in ((1, 1.1), (2, 2.2))])
+    assert (found.early, found.leads_from, found.sure) == ((), IMAGES[0], True)
+    up = found.speed_up
+    assert found.cells() == {
+        "arm": "fast",
+        "beside": "slow",
+        "last distance": f"{found.ends[0]:.1f}",
+        "that beside": f"{found.ends[1]:.1f}",
+        "at the distance": f"{found.target:.1f}",
+        "speed-up": "2.00",
+        "interval": f"{up.low:.2f} to {up.high:.2f}",
+        "verdict": "faster",
+        "leads from (million images)": "0.10",
+    }
+    assert found.sentence("FD") == (
+        f"**fast beside slow**: faster; the other needs 2.00 times as many images "
+        f"({up.low:.2f} to {up.high:.2f}) to FD {found.target:.1f}; it is ahead at each measurement from 0.10M images on"
+    )
+    assert found.values() == {
+        "target": found.target,
+        "ends": list(found.ends),
+        "leads_from": IMAGES[0],
+        "ratio": up.ratio,
+        "interval": [up.low, up.high],
+        "verdict": "faster",
+    }
+    back = compare.pair(ways, "slow", "fast")
+    assert (back.leads_from, back.cells()["verdict"], back.cells()["leads from (million images)"]) == (
+        None, "slower", "never",
+    )  # fmt: skip
+    assert back.sentence("FD").endswith("it is not ahead at the end")
+    near = compare.pair(ways, "fast", "alone")
+    assert near.sentence("FD").startswith(
+        "**fast beside alone**: neither faster nor slower, within the interval"
+    )
+
+
+def test_a_pair_of_one_seed_each_has_no_verdict():
+    found = compare.pair({"a": [power(1)], "b": [power(2)]}, "a", "b")
+    assert not found.sure and (found.values()["interval"], found.values()["verdict"]) == (None, None)
+    assert found.values()["ratio"] == pytest.approx(2)
+    assert (found.cells()["interval"], found.cells()["verdict"]) == ("unknown: one seed", "")
+    assert "how sure that is, is not known" in found.sentence("FD")
+
+
+def test_a_way_that_is_best_at_its_first_measurement_gives_no_ratio():
+    """It does not learn: to reach what it had at once says nothing of speed."""
+    ways = {"learns": [power(1)], "does not": [(IMAGES, [25.0 + n for n in range(8)])]}
+    found = compare.pair(ways, "learns", "does not")
+    assert (found.target, found.early, found.speed_up) == (25.0, ("does not",), None)
+    assert found.values()["ratio"] is None and found.values()["verdict"] is None
+    assert found.cells()["speed-up"] == "none: does not there from the first measurement"
+    assert "there is no ratio, for at 25.0 or below from the first measurement: does not" in found.sentence(
+        "FD"
+    )
