@@ -299,7 +299,7 @@ def _minsnr(base: Config, gamma: float) -> Config:
 
 
 def _edm_runs() -> list[Config]:
-    """Both arms of Figure 2, other gammas beside them, and a second seed of the two."""
+    """Both arms of Figure 2, a second seed of the two, and other gammas beside them."""
     pair = [_lab_edm, _minsnr(_lab_edm, 5.0)]
     again = [
         replace(
@@ -312,7 +312,7 @@ def _edm_runs() -> list[Config]:
         for run in pair
     ]
     beside = [_minsnr(_lab_edm, gamma) for gamma in (1.0, 20.0)]
-    return [*pair, *beside, *again, _paper_edm, _minsnr(_paper_edm, 5.0)]
+    return [*pair, *again, *beside, _paper_edm, _minsnr(_paper_edm, 5.0)]
 
 
 PRESETS: dict[str, Config] = {

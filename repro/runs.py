@@ -313,6 +313,23 @@ class Run:
         lines = self.distances(how, ema=ema)
         return [line["images"] for line in lines], [line["value"] for line in lines]
 
+    def blocks(self, how: config.Sample) -> list[float]:
+        """Distances at the end of training, of other blocks of as many sample seeds than the run's own.
+
+        How far they are apart is the sampling error (`python -m repro evaluate RUN --evaluate.first-seed N
+        --blocks 3`). Of the main average, in the order of metrics.jsonl.
+        """
+        own = self.config.evaluate
+        return [
+            line["value"]
+            for line in self.metrics
+            if line["name"].startswith(("FD", "FID"))
+            and "ema_halflife_images" not in line
+            and (config.sample_from_json(line["sample"]), line["images"]) == (how, self.record.images)
+            and (line["samples"], line["features"]) == (own.samples, own.features)
+            and abs(line["first_seed"] - own.first_seed) >= own.samples
+        ]
+
     @property
     def finished(self) -> bool:
         """Whether the recorded weights have seen all images that were planned."""

@@ -196,7 +196,8 @@ def test_a_pair_says_all_that_is_known_of_two_ways():
     }
     assert found.sentence("FD") == (
         f"**fast beside slow**: faster; the other needs 2.00 times as many images "
-        f"({up.low:.2f} to {up.high:.2f}) to FD {found.target:.1f}; it is ahead at each measurement from 0.10M images on"
+        f"({up.low:.2f} to {up.high:.2f}) to FD {found.target:.1f}; "
+        "it is ahead at each measurement from 0.10M images on"
     )
     assert found.values() == {
         "target": found.target,

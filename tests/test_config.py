@@ -161,7 +161,7 @@ def test_the_runs_of_figure_2_differ_in_the_factor_and_the_seed_alone():
     for profile in ("lab", "paper"):
         name = f"{profile}/imagenet64-edm"
         runs_of = [run for other, run in presets.PRESETS.items() if other.startswith(name)]
-        ends = ["", "-minsnr", "-minsnr1", "-minsnr20", "-seed1", "-minsnr-seed1"]
+        ends = ["", "-minsnr", "-seed1", "-minsnr-seed1", "-minsnr1", "-minsnr20"]
         assert [run.name.removeprefix(name) for run in runs_of] == ends[: len(runs_of)]
         assert len(runs_of) == {"lab": 6, "paper": 2}[profile]
         for run in runs_of:

@@ -193,9 +193,9 @@ def test_evaluate_measures_a_further_average_of_the_weights(home, trained, capsy
 @pytest.mark.parametrize(
     "name, options, wanted",
     [
-        ("edm", ["--min-snr-factor", "20"], (20.0, None, (30_000.0,))),
-        ("edm-minsnr", ["--min-snr-factor", "None"], (None, None, (30_000.0,))),
-        ("edm-minsnr", ["--train.micro-batch", "64"], (5.0, 64, (30_000.0,))),
+        ("edm", ["--min-snr-factor", "20"], (20.0, None, (320_000.0,))),
+        ("edm-minsnr", ["--min-snr-factor", "None"], (None, None, (320_000.0,))),
+        ("edm-minsnr", ["--train.micro-batch", "64"], (5.0, 64, (320_000.0,))),
         ("edm", ["--train.also-ema-halflife-images", "1e3", "2e3"], (None, None, (1e3, 2e3))),
         ("edm", ["--train.also-ema-halflife-images"], (None, None, ())),
     ],
@@ -267,7 +267,7 @@ def test_presets_lists_all(capsys):
     assert all(preset.note in text for preset in PRESETS.values())
     assert "celeba64, unet, eps, min_snr 5, 12M images" in text
     assert "imagenet64-subset, vit, x0, truncated_snr, 2M images" in text
-    assert "imagenet64-subset, unet, edm, edm times min(SNR, 5)/SNR, 6M images" in text
+    assert "imagenet64-subset, unet, edm, edm times min(SNR, 5)/SNR, 4M images" in text
     assert "imagenet64, classifier, 76.8M images" in text  # which has no target and no loss weight
 
 

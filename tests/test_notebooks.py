@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from repro import files, paper, presets, provenance, render, runs
+from repro import config, files, paper, presets, provenance, render, runs
 from repro.files import ReproError
 
 ID = "fig9_celeba64_unet"
@@ -145,6 +145,72 @@ def test_the_ablation_without_a_classifier(tmp_path, monkeypatch):
     values = json.loads((tmp_path / "paper" / "values" / "fig1_pixel_ablation.json").read_text())["values"]
     assert list(values["speed_ups"]) == ["unguided"]
     assert values["speed_ups"]["unguided"]["x0-minsnr5/x0-constant"]["ratio"] == pytest.approx(1.25, rel=1e-4)
+
+
+def made_up_edm(folder, end, scales, error, images=(5e5, 1e6, 2e6, 4e6)):
+    """A record of a run of Figure 2: each average's distance falls as a power of images, scaled in images."""
+    source = runs.load_run("lab/imagenet64-x0-constant", runs.RECORDED)
+    known = presets.preset(f"lab/imagenet64-edm{end}")
+    record = replace(source.record, config=known, images=int(images[-1]), weights={}, samples=None)
+    runs.write_record(folder / known.name, record)
+    (level,) = (line for line in source.metrics if "errors" in line)
+    line = {
+        **next(line for line in source.metrics if "sample" in line),
+        "sample": config.sample_json(known.sample), "first_seed": known.evaluate.first_seed,
+    }  # fmt: skip
+    lines = [
+        {**line, "images": int(n), "value": 300 * (n / 1e6 / scale) ** -0.8}
+        | ({} if average is None else {"ema_halflife_images": average})
+        for n in images
+        for average, scale in zip((None, *known.train.also_ema_halflife_images), scales, strict=True)
+    ]
+    if error is not None:
+        lines.append({**level, "images": int(images[-1]), "errors": [error] * len(level["errors"])})
+    for one in lines:
+        files.append_line(folder / known.name / "metrics.jsonl", one)
+
+
+def test_figure_2_finds_the_speed_up_of_each_average(tmp_path, monkeypatch):
+    folder = tmp_path / "runs"
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "paper").mkdir()
+    shutil.copy(provenance.ROOT / "notebooks" / "fig2_edm.ipynb", tmp_path / "notebooks")
+    figures = tmp_path / "paper" / "figures.toml"
+    figures.write_text('[fig2_edm]\nnotebook = "notebooks/fig2_edm.ipynb"\ntime_limit = 300\n')
+    monkeypatch.setenv("REPRO_RUNS", str(folder))
+    made_up_edm(folder, "", (1.5, 1.0), 0.2)
+    with pytest.raises(ReproError, match="EDM and an arm beside it are not recorded"):
+        render.render("fig2_edm", figures)
+    made_up_edm(folder, "-seed1", (1.5 * 1.02, 1.02), 0.2)
+    made_up_edm(folder, "-minsnr", (1.0, 1.01), 0.1)
+    made_up_edm(folder, "-minsnr-seed1", (1.02, 1.01 * 1.02), 0.1)
+    made_up_edm(folder, "-minsnr20", (1.5 * 1.5, 1.5), 0.3)
+    render.render("fig2_edm", figures)
+    values = json.loads((tmp_path / "paper" / "values" / "fig2_edm.json").read_text())["values"]
+    main, longer = (values["speed_ups"][key] for key in ("80000", "320000"))
+    assert {arm: way["verdict"] for arm, way in main.items()} == {
+        "Min-SNR-5": "faster",
+        "Min-SNR-20": "slower",
+    }
+    assert {arm: way["verdict"] for arm, way in longer.items()} == {
+        "Min-SNR-5": "undecided",
+        "Min-SNR-20": "slower",
+    }
+    assert main["Min-SNR-5"]["ratio"] == pytest.approx(1.5, rel=1e-4)
+    half = stats.t.ppf(0.975, 2) * np.log(1.02) / np.sqrt(2)  # two arms of two seeds, both ln 1.02 apart
+    assert main["Min-SNR-5"]["interval"] == pytest.approx([1.5 * np.exp(-half), 1.5 * np.exp(half)], rel=1e-4)
+    assert values["verdict_is_the_same_for_each_average"] == {"Min-SNR-5": False, "Min-SNR-20": True}
+    assert (values["missing"], values["runs"]) == (["Min-SNR-1"], 5)
+    # E[min(1, gamma sigma^2)] for ln sigma ~ N(m, s^2), by the normal distribution
+    m, s = -1.2, 1.2
+    for arm, gamma in (("Min-SNR-1", 1), ("Min-SNR-5", 5), ("Min-SNR-20", 20)):
+        end = -np.log(gamma) / 2
+        mean = stats.norm.sf((end - m) / s)
+        mean += gamma * np.exp(2 * m + 2 * s**2) * stats.norm.cdf((end - m - 2 * s**2) / s)
+        assert values["trained_levels"][arm]["mean weight"] == pytest.approx(mean, rel=1e-3)
+    ends = {key: np.exp(m + s * stats.norm.ppf(q)) for key, q in (("from σ", 0.05), ("to σ", 0.95))}
+    expected = {"mean weight": 1, "median σ": np.exp(m), **ends}
+    assert values["trained_levels"]["EDM"] == pytest.approx(expected, rel=1e-3)
 
 
 def test_notebooks_hold_no_outputs_functions_or_classes():

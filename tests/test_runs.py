@@ -233,6 +233,27 @@ def test_distances_are_those_of_one_sampler_and_network_by_images_seen(root):
     assert load(root).curve(dataclasses.replace(RUN.sample, steps=RUN.sample.steps + 1)) == ([], [])
 
 
+def test_blocks_are_other_seeds_at_the_end(root):
+    own = RUN.evaluate
+    line = {"name": "FD (EfficientNet-Lite0)", "features": own.features, "samples": own.samples, "images": 0,
+            "sample": config.sample_json(RUN.sample), "first_seed": 2 * own.first_seed,
+            "precision": RUN.train.precision, "value": 9.0}  # fmt: skip
+    line["images"] = load(root).record.images
+    taken = [line | {"value": 1.0}, line | {"value": 2.0, "first_seed": own.first_seed + own.samples}]
+    others = [
+        {"first_seed": own.first_seed},
+        {"first_seed": own.first_seed + own.samples - 1},  # shares seeds with the run's own
+        {"samples": own.samples + 1},
+        {"images": line["images"] - 1},
+        {"ema_halflife_images": 7.0},
+        {"name": "nearest training image"},
+        {"sample": line["sample"] | {"steps": 99}},
+    ]
+    for one in (taken[0], *(line | change for change in others), taken[1]):
+        files.append_line(root / NAME / "metrics.jsonl", one)
+    assert load(root).blocks(RUN.sample) == [1.0, 2.0]
+
+
 def test_the_committed_runs_are_whole():
     assert runs.names(), "no run is recorded"
     for name in runs.names():
