@@ -72,9 +72,9 @@ def test_another_runs_samples_stop_the_notebook(tmp_path, monkeypatch):
         runs.load_run("lab/celeba64-unet", tmp_path / "runs").check_samples(1)
 
 
-def made_up_arm(folder, arm, suffix, scale, error, guided=True):
+def made_up_arm(folder, arm, suffix, scale, error, guided=True, starts=None):
     """A record of the arm: a distance that falls as a power of images, each reached `scale` times later."""
-    source = runs.load_run("lab/imagenet64-x0-constant")
+    source, starts = runs.load_run("lab/imagenet64-x0-constant", runs.RECORDED), starts or {}
     known = presets.preset(f"lab/imagenet64-{arm}")
     name = f"{known.name}{suffix}"
     record = replace(source.record, config=replace(known, name=name), weights={}, samples=None)
@@ -85,6 +85,9 @@ def made_up_arm(folder, arm, suffix, scale, error, guided=True):
         if "sample" in line:
             block = max(0, line["first_seed"] - 2_000_000) // line["samples"]  # 0, 1, 2: 1% apart
             line = {**line, "value": 300 * (line["images"] / 1e6 / scale) ** -0.8 * np.exp(0.01 * block)}
+            for start, value in starts.items():
+                lower = {**line, "sample": {**line["sample"], "sigma_max": start}, "value": value}
+                files.append_line(folder / name / "metrics.jsonl", lower)
         elif "errors" in line:
             line = {**line, "errors": [error] * len(line["errors"])}
         files.append_line(folder / name / "metrics.jsonl", line)
@@ -98,9 +101,9 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
         made_up_arm(folder, "x0-minsnr5", suffix, luck, 0.1)
         made_up_arm(folder, "x0-constant", suffix, 1.5 / luck, 0.2)
     made_up_arm(folder, "x0-minsnr5", "-again", 1.02, 0.1)
-    made_up_arm(folder, "eps-minsnr5", "", 1.0, 0.1)
+    made_up_arm(folder, "eps-minsnr5", "", 1.0, 0.1, starts={40.0: 90.0, 20.0: 80.0})
+    made_up_arm(folder, "v-minsnr5", "", 2.0, 0.1, starts={40.0: 90.0})
     made_up_arm(folder, "eps-constant", "", 1.01, 0.1)
-    made_up_arm(folder, "v-minsnr5", "", 2.0, 0.1)
     made_up_arm(folder, "v-constant", "", 1.0, 0.1)
     monkeypatch.setenv("REPRO_RUNS", str(folder))
     render.render("fig1_pixel_ablation", out=tmp_path / "paper")
@@ -127,6 +130,8 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
         arm for arm in presets.ARMS if arm.split("-")[1] not in ("constant", "minsnr5")
     ]
     assert values["runs"] == 10
+    end = values["last_distance"]["unguided"]["eps-minsnr5"][0]  # of the other, not all was measured
+    assert values["starts"] == {"eps-minsnr5": {"from σ = 80": end, "from σ = 40": 90.0, "from σ = 20": 80.0}}
     assert values["noise"]["sampling_seeds"] == pytest.approx(0.01, rel=1e-4)
     assert values["sampling_errors_apart"]["x0-minsnr5/x0-constant"] == pytest.approx(
         0.8 * np.log(1.5) / (0.01 * np.sqrt(2 / 3)), rel=1e-4
