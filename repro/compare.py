@@ -55,34 +55,16 @@ class SpeedUp:
     """`faster`, `slower` or `undecided`: whether 1 lies outside the interval, and on which side."""
 
 
-def spread(ways: Mapping[str, Sequence[Curve]], target: float) -> tuple[float, int] | None:
-    """Standard deviation of ln(images to reach `target`) over seeds, pooled over ways, and its degrees of
-    freedom. Where the seeds of a way do not all reach the target, it is taken where they last all are: at
-    the lowest distance that all of them reach. None where nothing is known of any.
-    """
-    logs_of = {}
-    for way, curves in ways.items():
-        if len(curves) < 2:
-            continue
-        logs = np.log([images_to_reach(curve, target) for curve in curves])
-        if not np.isfinite(logs).all():
-            lowest = common_target({way: curves})
-            logs = np.log([images_to_reach(curve, lowest) for curve in curves])
-        if np.isfinite(logs).all():  # or one is below the best of another from its first point on
-            logs_of[way] = logs
-    return _pooled(logs_of)
-
-
 def speed_up(
     ways: Mapping[str, Sequence[Curve]], fast: str, slow: str, target: float, confidence: float = 0.95
 ) -> SpeedUp | None:
     """Images that `slow` needs over those that `fast` needs, to reach `target` (geometric means of seeds).
 
-    The interval is Student's t, with the spread over seeds pooled over all `ways`: a way trained with one
-    seed is taken to vary as the others do. Seeds count as independent: where ways share what a seed decides,
-    such as the order of the data, it is wider than it need be. Where no way has several, nothing is
-    known of it: it goes from 0 to infinity, and the verdict is `undecided`. None where either does not reach
-    the target with every seed, or was there at its first measurement.
+    The interval is Student's t, with the spread of ln(images) over seeds pooled over the two. Seeds count as
+    independent: where both share what a seed decides, such as the order of the data, it is wider than it need
+    be. Where either has one seed, nothing is known of it (how much a time varies depends on how flat the
+    curve is, so others' spread says little): it goes from 0 to infinity, and the verdict is `undecided`. None
+    where either does not reach the target with every seed, or was there at its first measurement.
     """
     if not 0 < confidence < 1:
         raise ReproError(f"confidence must lie in (0, 1), not {confidence}")
@@ -91,8 +73,9 @@ def speed_up(
         return None
     difference = float(logs[1].mean() - logs[0].mean())
     half = math.inf
-    if (known := spread(ways, target)) is not None:
-        deviation, freedom = known
+    if all(len(values) > 1 for values in logs):
+        freedom = sum(len(values) - 1 for values in logs)
+        deviation = math.sqrt(sum(((values - values.mean()) ** 2).sum() for values in logs) / freedom)
         half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * deviation
         half *= math.sqrt(1 / len(logs[0]) + 1 / len(logs[1]))
     verdict = "undecided" if abs(difference) <= half else "faster" if difference > 0 else "slower"
@@ -154,7 +137,7 @@ class Pair:
 
     @property
     def sure(self) -> bool:
-        """Whether there is an interval: some way has several seeds."""
+        """Whether there is an interval: both have several seeds."""
         return self.speed_up is not None and math.isfinite(self.speed_up.high)
 
     def cells(self) -> dict[str, str]:
@@ -165,9 +148,7 @@ class Pair:
             if found
             else f"none: {', '.join(self.early)} there from the first measurement"
         )
-        interval = (
-            f"{found.low:.2f} to {found.high:.2f}" if self.sure else "unknown: one seed" if found else ""
-        )
+        interval = f"{found.low:.2f} to {found.high:.2f}" if self.sure else "unknown" if found else ""
         return {
             "arm": self.fast,
             "beside": self.slow,
@@ -199,9 +180,9 @@ class Pair:
             says += f"({found.low:.2f} to {found.high:.2f}) to {at}"
         else:
             says += (
-                f"the other needs {found.ratio:.2f} times as many images to {at}; with one seed of each, how "
+                f"the other needs {found.ratio:.2f} times as many images to {at}; as not both have several "
             )
-            says += "sure that is, is not known"
+            says += "seeds, how sure that is, is not known"
         if self.leads_from is None:
             return f"{says}; it is not ahead at the end"
         return f"{says}; it is ahead at each measurement from {self.leads_from / 1e6:.2f}M images on"
@@ -238,13 +219,7 @@ def pair(ways: Mapping[str, Sequence[Curve]], fast: str, slow: str, confidence: 
 
 def pooled_deviation(groups: Mapping[str, Sequence[float]]) -> float | None:
     """Standard deviation of ln(value) within groups, pooled over those of two or more; none without any."""
-    known = _pooled({group: np.log(values) for group, values in groups.items()})
-    return known and known[0]
-
-
-def _pooled(groups: Mapping[str, np.ndarray]) -> tuple[float, int] | None:
-    """Standard deviation within groups, pooled over those of two or more, and its degrees of freedom."""
-    several = [values for values in groups.values() if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in several)
-    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in several)
-    return (math.sqrt(squares / freedom), freedom) if freedom else None
+    logs = [np.log(values) for values in groups.values() if len(values) > 1]
+    freedom = sum(len(values) - 1 for values in logs)
+    squares = sum(float(((values - values.mean()) ** 2).sum()) for values in logs)
+    return math.sqrt(squares / freedom) if freedom else None

@@ -317,18 +317,26 @@ class Run:
         """Distances at the end of training, of other blocks of as many sample seeds than the run's own.
 
         How far they are apart is the sampling error (`python -m repro evaluate RUN --evaluate.first-seed N
-        --blocks 3`). Of the main average, in the order of metrics.jsonl.
+        --blocks 3`). Of the main average, by first seed; of a block measured twice the last line, and of
+        blocks that share seeds the first.
         """
-        own = self.config.evaluate
-        return [
-            line["value"]
-            for line in self.metrics
-            if line["name"].startswith(("FD", "FID"))
-            and "ema_halflife_images" not in line
-            and (config.sample_from_json(line["sample"]), line["images"]) == (how, self.record.images)
-            and (line["samples"], line["features"]) == (own.samples, own.features)
-            and abs(line["first_seed"] - own.first_seed) >= own.samples
-        ]
+        own = self.config
+        first_seeds, values = [own.evaluate.first_seed], {}
+        for line in self.metrics:
+            if (
+                line["name"].startswith(("FD", "FID"))
+                and "ema_halflife_images" not in line
+                and (config.sample_from_json(line["sample"]), line["images"]) == (how, self.record.images)
+                and (line["samples"], line["features"], line["precision"])
+                == (own.evaluate.samples, own.evaluate.features, own.train.precision)
+            ):
+                first = line["first_seed"]
+                if first not in values:
+                    if any(abs(first - other) < own.evaluate.samples for other in first_seeds):
+                        continue
+                    first_seeds.append(first)
+                values[first] = line["value"]
+        return [values[first] for first in sorted(values)]
 
     @property
     def finished(self) -> bool:
@@ -488,13 +496,24 @@ def save_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"], rows: int, co
     return files.sha256(path / "samples.png")
 
 
+EXECUTION = (
+    "train.state_every_images",
+    "train.log_every_images",
+    "train.compile",
+    "train.cuda_graphs",
+    "train.cudnn_plans",
+    "train.micro_batch",
+)
+"""Settings of how a training is executed and logged. They change its result by rounding and dropout alone."""
+
+
 def check_comparable(some: Sequence[Run], may_differ: Sequence[str]) -> None:
     """Raise `ReproError` where runs differ in more than is compared, naming the run and the setting.
 
-    may_differ: dotted names of settings, or of groups of them ("weight"). Besides these, and the runs' names
-    and notes, all must have the same settings, the same pixels, and have seen as many images.
+    may_differ: dotted names of settings, or of groups of them ("weight"). Besides these, `EXECUTION`, and the
+    runs' names and notes, all must have the same settings, the same pixels, and have seen as many images.
     """
-    free = ("name", "note", "record_weights", *may_differ)
+    free = ("name", "note", "record_weights", *EXECUTION, *may_differ)
     for run in some[1:]:
         apart = [
             name

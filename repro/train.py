@@ -38,17 +38,7 @@ from repro.files import ReproError
 
 STATE = "state.safetensors"
 
-MAY_CHANGE = (
-    "train.images",
-    "train.state_every_images",
-    "train.log_every_images",
-    "train.compile",
-    "train.cuda_graphs",
-    "train.cudnn_plans",
-    "train.micro_batch",
-    "record_weights",
-    "note",
-)
+MAY_CHANGE = ("train.images", "record_weights", "note", *runs.EXECUTION)
 """Settings that a resumed run may have changed, besides everything under `evaluate` and `sample`."""
 
 
@@ -303,6 +293,8 @@ class Trainer:
         for halflife in run.train.also_ema_halflife_images:
             self.averages[halflife] = [parameter.clone() for parameter in self.ema_parameters]
         self.ema_shares = [torch.tensor(0.0, device=place.device) for _ in self.averages]
+        self.norms = torch.zeros(2, device=place.device)
+        """Sums over the steps since it was last zeroed: the gradient's norm, and whether that was clipped."""
 
     @property
     def images(self) -> int:
@@ -364,8 +356,9 @@ class Trainer:
                 total = total + loss.detach()
         if self.average_gradients:
             self.average_gradients()
-        if self.run.train.grad_clip is not None:
-            nn.utils.clip_grad_norm_(self.parameters, self.run.train.grad_clip)
+        largest = math.inf if self.run.train.grad_clip is None else self.run.train.grad_clip
+        norm = nn.utils.clip_grad_norm_(self.parameters, largest)
+        self.norms.add_(torch.stack([norm, norm > largest]))
         self.optimizer.step()
         with torch.no_grad():
             for share, average in zip(self.ema_shares, self.averages.values(), strict=True):
@@ -697,11 +690,17 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
                         f"the loss is {loss} at {images:,} images; {out} is as it was at the last state. "
                         f"Lower train.lr or use train.precision fp32, and start in a new folder."
                     )
-                rate = learning_rate(run.train, images)
-                write(
-                    "log.jsonl",
-                    {"images": images, "loss": loss, "images_per_second": round(speed, 1), "lr": rate},
-                )
+                norm, clipped = (trainer.norms / len(losses)).tolist()
+                trainer.norms.zero_()
+                line = {
+                    "images": images,
+                    "loss": loss,
+                    "images_per_second": round(speed, 1),
+                    "lr": learning_rate(run.train, images),
+                    "gradient_norm": norm,
+                    "clipped": clipped,
+                }
+                write("log.jsonl", line)
                 say(f"{images:>12,} images  loss {loss:.5f}  {speed:,.0f} images/s")
                 losses, logged_at, logged_images = [], time.perf_counter(), images
 

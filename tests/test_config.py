@@ -126,13 +126,15 @@ def test_the_arms_of_figure_1_differ_in_target_weight_and_seed_alone(profile):
     arms = [run for name, run in presets.PRESETS.items() if name.startswith(f"{profile}/imagenet64-")]
     arms = [run for run in arms if run.model.kind == "vit"]
     seeds = {f"{name}-seed{seed}" for seed in (1, 2) for name in presets.SEEDED}
-    more = seeds | {f"{name}-again" for name in presets.REPEATED} if profile == "lab" else set()
+    more = seeds | {f"{name}-again" for name in presets.REPEATED}
+    more = more | {f"{name}-unclipped" for name in presets.UNCLIPPED} if profile == "lab" else set()
     assert {run.name.removeprefix(f"{profile}/imagenet64-") for run in arms} == {*presets.ARMS, *more}
     for run in arms:
         first = run.name.endswith(tuple(presets.ARMS))  # further seeds are recorded without weights
         assert run.record_weights == first
         allowed = {"name", "note", "parameterization", "record_weights", "train.seed"}
         allowed |= {"weight.name", "weight.gamma", "weight.k"}
+        allowed |= {"train.grad_clip"} if run.name.endswith("-unclipped") else set()
         assert set(runs.differences(arms[0], run)) <= allowed
         assert len(run.evaluate.at) >= 8
         assert run.evaluate.also[0].classifier == f"{profile}/imagenet64-classifier"
@@ -192,3 +194,25 @@ def test_the_paper_network_of_figure_2_is_adms():
     with torch.device("meta"):
         parameters = sum(p.numel() for p in runs.network(run).parameters())
     assert parameters + 3 * (192 * 9 + 1) == pytest.approx(295.9e6, abs=0.05e6)
+
+
+def test_what_differs_between_edm_at_lab_scale_and_in_the_paper_is_known():
+    lab, paper = (presets.preset(f"{profile}/imagenet64-edm") for profile in ("lab", "paper"))
+    apart = {name for name in runs.differences(lab, paper) if not name.startswith(("model.", "data."))}
+    assert apart == {
+        "name", "note", "train.images", "train.batch", "train.lr", "train.warmup_images",
+        "train.ema_halflife_images", "train.also_ema_halflife_images", "train.ema_rampup",
+        "train.cuda_graphs", "train.state_every_images", "evaluate.at", "evaluate.samples",
+        "evaluate.features",
+    }  # fmt: skip
+    share = [run.train.ema_halflife_images / run.train.images for run in (lab, paper)]
+    assert share == [1 / 50, 1 / 50]
+
+
+def test_arms_without_clipping_differ_in_that_alone():
+    for arm in presets.UNCLIPPED:
+        one, other = (presets.preset(f"lab/imagenet64-{arm}{end}") for end in ("", "-unclipped"))
+        assert set(runs.differences(one, other)) == {"name", "note", "record_weights", "train.grad_clip"}
+        assert (
+            other.train.grad_clip is None and "without gradient clipping. Its weights are not" in other.note
+        )

@@ -112,8 +112,8 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
     verdicts = {pair: way["verdict"] for pair, way in found.items()}
     assert verdicts == {
         "x0-minsnr5/x0-constant": "faster",
-        "eps-minsnr5/eps-constant": "undecided",
-        "v-minsnr5/v-constant": "slower",
+        "eps-minsnr5/eps-constant": None,  # one seed
+        "v-minsnr5/v-constant": None,
     }
     way = found["x0-minsnr5/x0-constant"]
     assert way["ratio"] == pytest.approx(1.5, rel=1e-4)
@@ -133,9 +133,6 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
     end = values["last_distance"]["unguided"]["eps-minsnr5"][0]  # of the other, not all was measured
     assert values["starts"] == {"eps-minsnr5": {"from σ = 80": end, "from σ = 40": 90.0, "from σ = 20": 80.0}}
     assert values["noise"]["sampling_seeds"] == pytest.approx(0.01, rel=1e-4)
-    assert values["sampling_errors_apart"]["x0-minsnr5/x0-constant"] == pytest.approx(
-        0.8 * np.log(1.5) / (0.01 * np.sqrt(2 / 3)), rel=1e-4
-    )
 
 
 def test_the_ablation_without_a_classifier(tmp_path, monkeypatch):
@@ -187,24 +184,19 @@ def test_figure_2_finds_the_speed_up_of_each_average(tmp_path, monkeypatch):
     with pytest.raises(ReproError, match="EDM and an arm beside it are not recorded"):
         render.render("fig2_edm", figures)
     made_up_edm(folder, "-seed1", (1.5 * 1.02, 1.02), 0.2)
-    made_up_edm(folder, "-minsnr", (1.0, 1.01), 0.1)
-    made_up_edm(folder, "-minsnr-seed1", (1.02, 1.01 * 1.02), 0.1)
+    made_up_edm(folder, "-minsnr", (1.0, 1.2), 0.1)
+    made_up_edm(folder, "-minsnr-seed1", (1.02, 1.2 * 1.02), 0.1)
     made_up_edm(folder, "-minsnr20", (1.5 * 1.5, 1.5), 0.3)
     render.render("fig2_edm", figures)
     values = json.loads((tmp_path / "paper" / "values" / "fig2_edm.json").read_text())["values"]
     main, longer = (values["speed_ups"][key] for key in ("80000", "320000"))
-    assert {arm: way["verdict"] for arm, way in main.items()} == {
-        "Min-SNR-5": "faster",
-        "Min-SNR-20": "slower",
-    }
-    assert {arm: way["verdict"] for arm, way in longer.items()} == {
-        "Min-SNR-5": "undecided",
-        "Min-SNR-20": "slower",
-    }
+    assert [way["Min-SNR-5"]["verdict"] for way in (main, longer)] == ["faster", "slower"]
+    assert [way["Min-SNR-20"]["verdict"] for way in (main, longer)] == [None, None]  # one seed
+    assert main["Min-SNR-20"]["ratio"] == pytest.approx(1 / 1.5, rel=1e-4)
     assert main["Min-SNR-5"]["ratio"] == pytest.approx(1.5, rel=1e-4)
     half = stats.t.ppf(0.975, 2) * np.log(1.02) / np.sqrt(2)  # two arms of two seeds, both ln 1.02 apart
     assert main["Min-SNR-5"]["interval"] == pytest.approx([1.5 * np.exp(-half), 1.5 * np.exp(half)], rel=1e-4)
-    assert values["verdict_is_the_same_for_each_average"] == {"Min-SNR-5": False, "Min-SNR-20": True}
+    assert values["verdict_is_the_same_for_each_average"] == {"Min-SNR-5": False}
     assert (values["missing"], values["runs"]) == (["Min-SNR-1"], 5)
     # E[min(1, gamma sigma^2)] for ln sigma ~ N(m, s^2), by the normal distribution
     m, s = -1.2, 1.2

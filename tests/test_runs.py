@@ -248,10 +248,13 @@ def test_blocks_are_other_seeds_at_the_end(root):
         {"ema_halflife_images": 7.0},
         {"name": "nearest training image"},
         {"sample": line["sample"] | {"steps": 99}},
+        {"precision": "other"},
+        {"first_seed": 2 * own.first_seed + own.samples - 1},  # shares seeds with the first block
     ]
-    for one in (taken[0], *(line | change for change in others), taken[1]):
+    twice = line | {"value": 5.0}  # the first block again
+    for one in (taken[0], *(line | change for change in others), taken[1], twice):
         files.append_line(root / NAME / "metrics.jsonl", one)
-    assert load(root).blocks(RUN.sample) == [1.0, 2.0]
+    assert load(root).blocks(RUN.sample) == [2.0, 5.0]
 
 
 def test_the_committed_runs_are_whole():
@@ -289,6 +292,8 @@ def test_runs_that_differ_in_more_than_is_compared_are_named(root):
     seeded = dataclasses.replace(run.config.train, seed=run.config.train.seed + 1)
     gamma = dataclasses.replace(run.config.weight, gamma=3.0)
     runs.check_comparable([run, other(), other(train=seeded, weight=gamma, parameterization="v")], free)
+    executed = dataclasses.replace(run.config.train, micro_batch=1, cudnn_plans=3, compile=False)
+    runs.check_comparable([run, other(train=executed)], free)
     faster = dataclasses.replace(run.config.train, lr=2 * run.config.train.lr)
     for apart, message in (
         (other(train=faster), "train.lr"),

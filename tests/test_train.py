@@ -546,6 +546,25 @@ def test_the_average_is_the_recursion_written_out(home):
         torch.testing.assert_close(p.double(), e, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("clip", [None, 1e-3, 1e9])
+def test_the_log_tells_how_large_gradients_are_and_how_many_are_clipped(home, clip):
+    run = change(RUN, grad_clip=clip, images=8, warmup_images=0, lr=1e-30, weight_decay=0.0)
+    trainer = train.Trainer(run, CPU)
+    batches = train.Batches(data.load("drawn"), np.arange(10), run.train, CPU)
+    norms = []
+    for step in range(2):  # the weights do not move
+        y, _ = batches.fetch(step)
+        numbers = train.draw(run, step, CPU, torch.Generator())
+        y = torch.where(numbers.flip[:, None, None, None], y.flip(3), y)
+        loss = trainer.loss(trainer.denoiser, y, numbers.noise, numbers.uniform, None).mean()
+        gradients = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
+        norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None)))
+    folder = train.train(run, home / "run", "cpu", grid=(1, 1))
+    lines = files.read_lines(folder / "log.jsonl")
+    assert [line["gradient_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
+    assert [line["clipped"] for line in lines] == [clip == 1e-3] * 2
+
+
 STEADY = change(EVALUATED, ema_rampup=None)
 """Without the ramp-up, by which both averages below would have the same half-life all along."""
 
