@@ -105,6 +105,10 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
     made_up_arm(folder, "v-minsnr5", "", 2.0, 0.1, starts={40.0: 90.0})
     made_up_arm(folder, "eps-constant", "", 1.01, 0.1)
     made_up_arm(folder, "v-constant", "", 1.0, 0.1)
+    made_up_arm(folder, "x0-snr", "", 3.0, 0.1)
+    made_up_arm(folder, "x0-snr", "-unclipped", 2.0, 0.1)
+    for norm in (4.0, 8.0):
+        files.append_line(folder / "lab/imagenet64-x0-snr-unclipped/log.jsonl", {"gradient_norm": norm})
     monkeypatch.setenv("REPRO_RUNS", str(folder))
     render.render("fig1_pixel_ablation", out=tmp_path / "paper")
     values = json.loads((tmp_path / "paper" / "values" / "fig1_pixel_ablation.json").read_text())["values"]
@@ -112,6 +116,8 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
     verdicts = {pair: way["verdict"] for pair, way in found.items()}
     assert verdicts == {
         "x0-minsnr5/x0-constant": "faster",
+        "x0-minsnr5/x0-snr": None,
+        "x0-snr/eps-constant": None,
         "eps-minsnr5/eps-constant": None,  # one seed
         "v-minsnr5/v-constant": None,
     }
@@ -127,9 +133,12 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
         0.8 * np.log(1.02) / np.sqrt(2), rel=1e-4
     )
     assert values["missing"] == [
-        arm for arm in presets.ARMS if arm.split("-")[1] not in ("constant", "minsnr5")
+        arm for arm in presets.ARMS if arm.split("-")[1] not in ("constant", "minsnr5", "snr")
     ]
-    assert values["runs"] == 10
+    assert values["runs"] == 11
+    last = [300 * (2.000128 / scale) ** -0.8 for scale in (3, 2)]
+    expected = {"clipped at 1": last[0], "not clipped": last[1], "mean gradient norm, not clipped": 6.0}
+    assert values["clipping"]["x0-snr"] == pytest.approx(expected, rel=1e-4)
     end = values["last_distance"]["unguided"]["eps-minsnr5"][0]  # of the other, not all was measured
     assert values["starts"] == {"eps-minsnr5": {"from σ = 80": end, "from σ = 40": 90.0, "from σ = 20": 80.0}}
     assert values["noise"]["sampling_seeds"] == pytest.approx(0.01, rel=1e-4)
