@@ -200,6 +200,8 @@ class EvaluateOptions:
     """Half-life, in images, of the average to measure: one that the run keeps; by default its main one."""
     neighbours: bool = False
     """Also measure how close samples are to their nearest training images (needs the data set)."""
+    precision_recall: bool = False
+    """Also measure precision and recall against training images (needs the data set)."""
     blocks: int = 1
     """Measure so many times, each time on the next evaluate.samples seeds: how far apart the results are is
     the sampling error."""
@@ -253,6 +255,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
             options.neighbours,
             network,
             options.compile,
+            options.precision_recall,
         )
         for line in lines if place.first else []:
             line |= {} if average is None else {"ema_halflife_images": average}

@@ -1,4 +1,5 @@
-"""How far generated images are from real ones: features, streaming moments, Fréchet distance, neighbours.
+"""How far generated images are from real ones: features, streaming moments, Fréchet distance, precision and
+recall, neighbours.
 
 A distance on Inception's features is "FID (clean)"; on any other network's it is "FD (<network>)".
 """
@@ -131,6 +132,9 @@ def inception_weights() -> Path:
 
 NETWORKS = {network.name: network for network in (EfficientNetLite0, Inception)}
 
+LABELS = {"efficientnet_lite0": "EfficientNet-Lite0", "inception": "Inception"}
+"""Feature networks as the names of metrics have them."""
+
 
 def feature_network(name: str, device: str | torch.device = "cpu") -> nn.Module:
     """The feature network of that name, in evaluation mode on `device`; uint8 images -> [n, dimension]."""
@@ -207,6 +211,73 @@ def frechet_distance(
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
     cross = torch.linalg.eigvalsh(root @ c2 @ root).clamp(min=0).sqrt().sum()
     return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross)
+
+
+# Precision and recall -------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def precision_recall(
+    real: Float[Tensor, "n d"],
+    fake: Float[Tensor, "m d"],
+    k: int = 3,
+    device: str | torch.device = "cpu",
+    chunk: int = 1000,
+) -> tuple[float, float]:
+    """Improved precision and recall of two sets of features, both in [0, 1].
+
+    Kynkäänniemi et al. 2019, "Improved precision and recall metric for assessing generative models", eqs. 1
+    and 2: around each real point lies a closed ball that reaches to its k-th nearest other real point;
+    precision is the share of fake points in the union of these balls. Recall is the same with the sets
+    exchanged. A point that is there twice is its own neighbour, at distance 0.
+
+    Both depend on n, m and k, so only numbers of the same three can be compared. Computed on `device` in
+    float64 about the mean of `real`, from chunk * max(n, m) squared distances at a time. Raises `ReproError`
+    for features that are not finite, sets of different dimensions, k or chunk below 1, and k or fewer points.
+    """
+    if k < 1 or chunk < 1:
+        raise ReproError(f"precision and recall need k and chunk of at least 1, not {k} and {chunk}")
+    if real.shape[1] != fake.shape[1]:
+        raise ReproError(
+            f"real and fake features have {real.shape[1]} and {fake.shape[1]} dimensions; use one network"
+        )
+    for name, points in (("real", real), ("fake", fake)):
+        if len(points) <= k:
+            raise ReproError(
+                f"the {k} nearest neighbours of each of {len(points)} {name} points are not there: give more "
+                f"than k points (more samples), or a smaller k"
+            )
+        if not torch.isfinite(points).all():
+            raise ReproError(f"{name} features are not finite: the images are probably not either")
+    origin = real.to(device, torch.float64).mean(0)
+    real, fake = (points.to(device, torch.float64) - origin for points in (real, fake))
+    return _covered(fake, real, k, chunk), _covered(real, fake, k, chunk)
+
+
+def _covered(points: Float[Tensor, "m d"], centres: Float[Tensor, "n d"], k: int, chunk: int) -> float:
+    """Share of `points` that lie in the balls around `centres`, each up to its k-th nearest other centre."""
+    radii = []
+    for first in range(0, len(centres), chunk):
+        some = centres[first : first + chunk]
+        squared = _squared_distances(some, centres)
+        rows = torch.arange(len(some), device=squared.device)
+        squared[rows, first + rows] = torch.inf  # a point is no neighbour of itself
+        radii.append(squared.topk(k, largest=False).values[:, -1])
+    radii = torch.cat(radii)
+    inside = 0
+    for some in points.split(chunk):
+        # On the sphere is inside. Rounding moves a squared distance by some 1e-16 of both squared lengths:
+        # without room for it, copies of a point that is there k + 1 times would miss its ball of radius 0.
+        inside += int((_squared_distances(some, centres, room=1e-12) <= radii).any(1).sum())
+    return inside / len(points)
+
+
+def _squared_distances(
+    a: Float[Tensor, "m d"], b: Float[Tensor, "n d"], room: float = 0.0
+) -> Float[Tensor, "m n"]:
+    """|a - b|^2 of all pairs, less `room` times |a|^2 + |b|^2."""
+    lengths = a.square().sum(1)[:, None] + b.square().sum(1)
+    return (1 - room) * lengths - 2 * a @ b.T
 
 
 # Reference statistics -------------------------------------------------------------------------------
@@ -331,17 +402,20 @@ def evaluate(
     neighbours: bool = False,
     network: nn.Module | None = None,
     cuda_graphs: bool = False,
+    precision_recall: bool = False,
 ) -> list[dict]:
     """Draw samples as `run.sample` and `run.evaluate` say and measure them: lines for metrics.jsonl.
 
     The first line is the Fréchet distance to all images of the run's data set, whose pixels have
-    `fingerprint`. With `neighbours`, a second line gives how close samples, and held-out images, are to
-    their nearest training images. network: the feature network, where it is loaded already. cuda_graphs:
-    as in `sample.generate`. Under torch.distributed each process draws its share of the seeds and all return
-    the same lines.
+    `fingerprint`. With `neighbours`, a further line gives how close samples, and held-out images, are to
+    their nearest training images; with `precision_recall`, two give precision and recall against training
+    images. network: the feature network, where it is loaded already. cuda_graphs: as in `sample.generate`.
+    Under torch.distributed each process draws its share of the seeds and all return the same lines.
     """
     began = time.perf_counter()
     how = run.evaluate
+    if neighbours or precision_recall:
+        load_same(run.data.name, fingerprint)  # which fails now, not after the samples are drawn
     network = network or feature_network(how.features, device)
     known = reference(run.data.name, fingerprint, how.features, device)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -350,7 +424,7 @@ def evaluate(
     )
     seeds = range(how.first_seed, how.first_seed + how.samples)[rank::world]
     moments = Moments(network.dimension, device, origin=known.mean)
-    kept = []
+    kept = [torch.empty(0, network.dimension)]  # a process may have no seed
     for batch_features in features_of(
         network,
         sample.generate(denoiser, run, seeds, batch, device, precision, cuda_graphs=cuda_graphs),
@@ -359,10 +433,13 @@ def evaluate(
         kept.append(batch_features.cpu())
     if distributed:
         moments.all_reduce()
-    if distributed and neighbours:
+    generated = torch.cat(kept)
+    if distributed and (neighbours or precision_recall):
         shares = [None] * world
-        torch.distributed.all_gather_object(shares, kept)
-        kept = [part for share in shares for part in share]
+        torch.distributed.all_gather_object(shares, generated)
+        generated = torch.empty(how.samples, network.dimension)
+        for first, share in enumerate(shares):
+            generated[first::world] = share  # in the order of the seeds
     mean, covariance = moments.statistics()
     value = frechet_distance(mean, covariance, known.mean.to(mean), known.covariance.to(mean))
     levels = len(schedules.grid_for(denoiser.schedule, run.sample)) - 1
@@ -387,8 +464,11 @@ def evaluate(
         {"name": network.title, "value": value, **about, "seconds": round(time.perf_counter() - began, 1)}
     ]
     if neighbours:
-        found = nearest_training_images(torch.cat(kept).to(device), network, run, fingerprint, device)
+        found = nearest_training_images(generated.to(device), network, run, fingerprint, device)
         lines.append({"name": "nearest training image", **found, **about})
+    if precision_recall:
+        for found in against_training_images(generated, network, run, fingerprint, device):
+            lines.append({**found, **about, "samples": found["real"]})  # equally many
     return lines
 
 
@@ -548,6 +628,54 @@ def nearest_training_images(
         "held_out_distances": [float(q) for q in from_held_out.quantile(at)],
         "held_out": len(held_out),
     }
+
+
+# Precision and recall of a run ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+def against_training_images(
+    generated: Float[Tensor, "m d"],
+    network: nn.Module,
+    run: config.Config,
+    fingerprint: str,
+    device: str | torch.device,
+    k: int = 3,
+) -> list[dict]:
+    """Precision and recall (see `precision_recall`) of generated against training images: two lines.
+
+    Both change with the numbers of points, so equally many are taken of each: the first generated ones, and
+    of the training images (not mirrored) two interleaved sets, spread evenly over their order, which is by
+    class. Both the generated and the second set are held against the first, so what the second scores,
+    `real_halves`, is what a perfect network would; copies of training images score well too. Gives their
+    number as `real`. Raises `ReproError` where the prepared data do not have `fingerprint`, and for too few
+    images.
+    """
+    real = load_same(run.data.name, fingerprint)
+    train, _ = data.holdout_split(len(real.images), run.data.holdout)
+    count = min(len(generated), len(train) // 2)
+    if count <= k:
+        raise ReproError(
+            f"precision and recall with k = {k} need at least {k + 1} samples and {2 * k + 2} training "
+            f"images; there are {len(generated)} and {len(train)}"
+        )
+    chosen = train[np.arange(2 * count) * len(train) // (2 * count)]
+    one, other = (
+        torch.cat([network(images).float() for images in batches(real.images[half], 250, device)])
+        for half in (chosen[::2], chosen[1::2])
+    )
+    values = precision_recall(one, generated[:count].to(device), k, device)
+    halves = precision_recall(one, other, k, device)
+    return [
+        {
+            "name": f"{name} ({LABELS[network.name]}, k = {k})",
+            "value": value,
+            "k": k,
+            "real": count,
+            "real_halves": of_real,
+        }
+        for name, value, of_real in zip(("precision", "recall"), values, halves, strict=True)
+    ]
 
 
 def device_name(device: str | torch.device) -> str:

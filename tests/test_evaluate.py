@@ -197,6 +197,123 @@ def test_statistics_of_different_dimensions_have_no_distance(monkeypatch):
         evaluate.frechet_distance(*one, torch.zeros(4), torch.eye(4))
 
 
+# Precision and recall -------------------------------------------------------------------------------
+
+
+def points(*values, of=torch.float64):
+    """Points of a line, or of the space whose coordinates are given."""
+    return torch.tensor(values, dtype=of).reshape(len(values), -1)
+
+
+def test_precision_and_recall_of_a_few_points_worked_out_by_hand():
+    real = points(0, 1, 3, 10)
+    fake = points(-1, 2, 4.5, 17.5)
+    # k = 1: real balls [-1, 1], [0, 2], [1, 5], [3, 17]: -1 and 2 lie on spheres, 17.5 in none
+    # fake balls [-4, 2], [-0.5, 4.5], [2, 7], [4.5, 30.5]: every real point lies in one
+    assert evaluate.precision_recall(real, fake, k=1) == (0.75, 1.0)
+    # k = 2: real balls of radius 3, 2, 3, 9, to the second neighbour
+    assert evaluate.precision_recall(real, points(-3, -3.5, 6, 19, 19.5), k=2)[0] == 0.6
+    assert evaluate.precision_recall(points(0, 1), points(0.5, 5), k=1) == (0.5, 1.0)
+
+
+def test_copies_of_a_point_are_its_neighbours():
+    twice = points(1 / 3, 1 / 3, 0.7, 5)
+    assert evaluate.precision_recall(twice, points(1 / 3, 0.33), k=1) == (0.5, 0.5)
+    same = torch.full((5, 7), 1 / 3)  # balls of radius 0
+    assert evaluate.precision_recall(same, same) == (1, 1)
+    assert evaluate.precision_recall(same, same + 1e-3) == (0, 0)
+
+
+def plain_precision_recall(real, fake, k):
+    """The definition, pair by pair, in Python's whole numbers."""
+
+    def squared(a, b):
+        return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+    def covered(points, centres):
+        def radius(i):
+            return sorted(squared(centres[i], b) for j, b in enumerate(centres) if j != i)[k - 1]
+
+        radii = [radius(i) for i in range(len(centres))]
+        return sum(
+            any(squared(p, c) <= r for c, r in zip(centres, radii, strict=True)) for p in points
+        ) / len(points)
+
+    return covered(fake, real), covered(real, fake)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.data(), st.integers(1, 3), st.integers(1, 4), st.integers(1, 30), st.sampled_from([2, 20, 1000]))
+def test_precision_and_recall_are_those_of_the_definition(draw, k, d, chunk, largest):
+    """On whole numbers, where many distances are equal, and no rounding can hide it."""
+    point = st.lists(st.integers(-largest, largest), min_size=d, max_size=d)
+    real, fake = (draw.draw(st.lists(point, min_size=k + 1, max_size=20)) for _ in range(2))
+    found = evaluate.precision_recall(torch.tensor(real).float(), torch.tensor(fake).float(), k, "cpu", chunk)
+    assert found == plain_precision_recall(real, fake, k)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 40), st.integers(0, 999), st.floats(1e-6, 1e6), st.floats(-1e4, 1e4))
+def test_precision_and_recall_are_the_same_in_any_axes_and_units(d, seed, scale, shift):
+    real, fake = normal(60, d, seed=seed), 0.7 * normal(50, d, seed=seed + 1)
+    q = rotation(d, seed)
+    expected = evaluate.precision_recall(real, fake)
+    assert evaluate.precision_recall(*(scale * (x @ q + shift) for x in (real, fake))) == expected
+    assert evaluate.precision_recall(fake, real) == expected[::-1]
+    assert evaluate.precision_recall(real[torch.randperm(60)], fake) == expected
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 60, 1000])
+def test_precision_and_recall_do_not_depend_on_the_chunk(chunk):
+    real, fake = normal(60, 20).float() + 1, normal(45, 20, seed=1).float()
+    expected = evaluate.precision_recall(real, fake)
+    assert 0 < expected[0] < 1 and 0 < expected[1] < 1
+    assert evaluate.precision_recall(real, fake, chunk=chunk) == expected
+
+
+def test_what_precision_and_recall_tell_apart():
+    real = normal(200, 8)
+    assert evaluate.precision_recall(real, real) == (1, 1)
+    assert evaluate.precision_recall(real, real + 100) == (0, 0)
+    modes = torch.cat([real, real + 100])  # of two modes one is drawn
+    precision, recall = evaluate.precision_recall(modes, normal(400, 8, seed=1))
+    assert precision > 0.8 and recall < 0.5
+    precision, recall = evaluate.precision_recall(real, modes)  # and here one too many
+    assert precision == 0.5 and recall == 1
+    narrow, wide = (scale * normal(200, 8, seed=2) for scale in (0.3, 3))
+    assert (
+        evaluate.precision_recall(real, narrow)[0] > 0.99 > 0.2 > evaluate.precision_recall(real, narrow)[1]
+    )
+    assert evaluate.precision_recall(real, wide)[0] < 0.2 < 0.9 < evaluate.precision_recall(real, wide)[1]
+
+
+def test_a_large_common_offset_changes_no_neighbour():
+    """About 4096 the squares of float32 features leave no digit of their distances."""
+    real, fake = ((normal(80, 16, seed=seed) + 4096).float() for seed in (0, 1))
+    centred = [x.double() - 4096 for x in (real, fake)]
+    assert evaluate.precision_recall(real, fake) == evaluate.precision_recall(*centred)
+
+
+@pytest.mark.parametrize(
+    "real, fake, options, message",
+    [
+        (normal(3, 2), normal(9, 2), {}, "of each of 3 real points are not there"),
+        (normal(9, 2), normal(3, 2), {}, "of each of 3 fake points are not there"),
+        (normal(9, 2), normal(9, 2), {"k": 9}, "the 9 nearest neighbours of each of 9 real points"),
+        (normal(0, 2), normal(9, 2), {}, "of each of 0 real points"),
+        (normal(9, 2), normal(9, 2), {"k": 0}, "k and chunk of at least 1, not 0 and 1000"),
+        (normal(9, 2), normal(9, 2), {"chunk": 0}, "k and chunk of at least 1, not 3 and 0"),
+        (normal(9, 2), normal(9, 3), {}, "have 2 and 3 dimensions"),
+        (normal(9, 2) * math.nan, normal(9, 2), {}, "real features are not finite"),
+        (normal(9, 2), normal(9, 2) / 0, {}, "fake features are not finite"),
+    ],
+)
+def test_precision_and_recall_refuse_what_has_none(monkeypatch, real, fake, options, message):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # it would complain first, only here
+    with pytest.raises(ReproError, match=message):
+        evaluate.precision_recall(real, fake, **options)
+
+
 # Moments --------------------------------------------------------------------------------------------
 
 
@@ -653,6 +770,58 @@ def test_neighbours_among_other_pixels_are_refused(home):
         evaluate.nearest_training_images(torch.zeros(1, 192), Blocks(), RUN, "f" * 64, "cpu")
 
 
+# Precision and recall of a run ----------------------------------------------------------------------
+
+
+def against(images, **data_options):
+    run = dataclasses.replace(RUN, data=dataclasses.replace(RUN.data, **data_options))
+    features = Blocks()(torch.from_numpy(images))
+    return evaluate.against_training_images(features, Blocks(), run, fingerprint(), "cpu")
+
+
+def test_samples_are_held_against_half_of_the_training_images_as_the_other_half_is(home):
+    training = drawn(130)[data.holdout_split(130, 60)[0]]
+    one, other = (torch.from_numpy(as_numpy(training[first::2])) for first in (0, 1))
+    precision, recall = against(drawn(90, seed=1))  # more than the 35 of each half
+    assert precision["name"] == "precision (EfficientNet-Lite0, k = 3)"
+    assert recall["name"] == "recall (EfficientNet-Lite0, k = 3)"
+    samples = torch.from_numpy(as_numpy(drawn(90, seed=1)[:35]))
+    values = evaluate.precision_recall(one, samples), evaluate.precision_recall(one, other)
+    for place, line in enumerate((precision, recall)):
+        assert (line["value"], line["real_halves"]) == tuple(value[place] for value in values)
+        assert (line["k"], line["real"]) == (3, 35)
+    assert values[0] != values[1]
+
+
+def test_real_images_are_spread_evenly_where_samples_are_few(home):
+    training = drawn(130)[data.holdout_split(130, 0)[0]]
+    chosen = [i * 130 // 20 for i in range(20)]  # two sets of 10
+    one, other = (torch.from_numpy(as_numpy(training[chosen[first::2]])) for first in (0, 1))
+    samples = drawn(10, seed=1)
+    lines = against(samples, holdout=0)
+    expected = evaluate.precision_recall(one, torch.from_numpy(as_numpy(samples)))
+    assert tuple(line["value"] for line in lines) == expected
+    assert tuple(line["real_halves"] for line in lines) == evaluate.precision_recall(one, other)
+    assert [line["real"] for line in lines] == [10, 10]
+
+
+def test_precision_and_recall_of_copies_and_of_one_image(home):
+    training = drawn(130)[data.holdout_split(130, 60)[0]]
+    assert [line["value"] for line in against(training[::2])] == [1, 1]
+    precision, recall = against(np.repeat(training[:1], 35, axis=0))
+    assert precision["value"] == 1 and recall["value"] == 1 / 35
+
+
+def test_precision_and_recall_of_too_few_images_are_refused(home):
+    message = "need at least 4 samples and 8 training images; there are "
+    with pytest.raises(ReproError, match=message + "3 and 70"):
+        against(drawn(3))
+    with pytest.raises(ReproError, match=message + "9 and 7"):
+        against(drawn(9), holdout=123)
+    with pytest.raises(ReproError, match="the prepared celeba64 holds other pixels"):
+        evaluate.against_training_images(torch.zeros(9, 192), Blocks(), RUN, "f" * 64, "cpu")
+
+
 # Evaluations ----------------------------------------------------------------------------------------
 
 
@@ -692,11 +861,42 @@ def test_a_metric_says_all_that_it_is(home):
 
 def test_two_processes_measure_what_one_does(home):
     run = recorded(home / "runs")
-    alone = measure(run, neighbours=True)
-    together = in_processes(home, lambda rank: measure(run, batch=2, neighbours=True))
+    also = {"neighbours": True, "precision_recall": True}
+    alone = measure(run, **also)
+    together = in_processes(home, lambda rank: measure(run, batch=2, **also))
     for lines in together:
         for line, expected in zip(lines, alone, strict=True):
             assert line["name"] == expected["name"]
             assert line["value"] == pytest.approx(expected["value"], rel=1e-4)
         np.testing.assert_allclose(lines[1]["sample_distances"], alone[1]["sample_distances"], rtol=1e-4)
     assert alone[1]["name"] == "nearest training image" and alone[1]["held_out"] == 60
+    assert [line["name"].split()[0] for line in alone[2:]] == ["precision", "recall"]
+    assert [(line["samples"], line["real"], line["first_seed"]) for line in alone[2:]] == [(7, 7, 50)] * 2
+
+
+def test_samples_of_several_processes_are_in_the_order_of_their_seeds(home, monkeypatch):
+    """Only the first of them are held against real images, and these must not depend on the processes."""
+    run = recorded(home / "runs")
+    seen = []
+    monkeypatch.setattr(
+        evaluate, "against_training_images", lambda generated, *_, **__: seen.append(generated) or []
+    )
+    measure(run, precision_recall=True)
+
+    def together(rank):
+        measure(run, batch=2, precision_recall=True)
+        return seen[-1]
+
+    for found in in_processes(home, together, world=3):
+        torch.testing.assert_close(found, seen[0], rtol=1e-4, atol=1e-2)
+    assert (seen[0][0] - seen[0][1]).abs().max() > 1
+
+
+def test_data_that_are_not_there_are_missed_before_samples_are_drawn(home, monkeypatch):
+    run = recorded(home / "runs")
+    measure(run)
+    monkeypatch.setenv("REPRO_DATA", str(home / "nowhere"))
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: pytest.fail("samples were drawn"))
+    for also in ("neighbours", "precision_recall"):
+        with pytest.raises(ReproError, match="is not prepared"):
+            measure(run, **{also: True})

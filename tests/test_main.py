@@ -153,6 +153,27 @@ def test_evaluate_prints_and_records_unless_told_not_to(copied, home, capsys):
     assert runs.load_run(NAME).distances(runs.load_run(NAME).config.sample) == [distance]
 
 
+def test_evaluate_measures_precision_and_recall(copied, home, capsys):
+    options = ["--evaluate.samples", "5", "--precision", "fp32", "--device", "cpu", "--precision-recall"]
+    assert main(["evaluate", NAME, *options]) == 0
+    out = capsys.readouterr().out
+    distance, precision, recall = runs.load_run(NAME).metrics
+    assert (precision["name"], recall["name"]) == (
+        "precision (EfficientNet-Lite0, k = 3)", "recall (EfficientNet-Lite0, k = 3)",
+    )  # fmt: skip
+    for line in (precision, recall):
+        said = f"{line['name']}: {line['value']:.4f}, 4 samples from seed 1000000"
+        assert said in out and 0 <= line["value"] <= 1 and 0 <= line["real_halves"] <= 1
+        assert (line["samples"], line["real"], line["k"], line["images"]) == (4, 4, 3, 16)  # 9 // 2 of each
+        assert line["sample"] == distance["sample"] and line["features"] == "efficientnet_lite0"
+    assert runs.load_run(NAME).distances(runs.load_run(NAME).config.sample) == []  # of 10,000 there are none
+    assert main(["evaluate", NAME, *options[2:], "--evaluate.samples", "3"]) == 1
+    message = (
+        "error: precision and recall with k = 3 need at least 4 samples and 8 training images; there are"
+    )
+    assert f"{message} 3 and 9" in capsys.readouterr().err
+
+
 def test_evaluate_measures_blocks_of_seeds_and_each_of_the_runs_samplers(copied, home, capsys):
     options = ["--evaluate.samples", "4", "--precision", "fp32", "--device", "cpu", "--blocks", "2"]
     record = json.loads((copied / "run.json").read_text())
