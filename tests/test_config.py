@@ -1,6 +1,7 @@
 """Configurations: what cannot mean anything is refused, and presets are whole."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def test_a_sampler_has_one_way_to_be_said():
 @pytest.mark.parametrize("profile", ["lab", "paper"])
 def test_the_arms_of_figure_1_differ_in_target_weight_and_seed_alone(profile):
     arms = [run for name, run in presets.PRESETS.items() if name.startswith(f"{profile}/imagenet64-")]
-    arms = [run for run in arms if run.model.kind == "vit"]
+    arms = [run for run in arms if run.model.kind == "vit" and not run.name.endswith("/imagenet64-vit")]
     seeds = {f"{name}-seed{seed}" for seed in (1, 2) for name in presets.SEEDED}
     more = seeds | {f"{name}-again" for name in presets.REPEATED}
     more = more | {f"{name}-unclipped" for name in presets.UNCLIPPED} if profile == "lab" else set()
@@ -216,3 +217,70 @@ def test_arms_without_clipping_differ_in_that_alone():
         assert (
             other.train.grad_clip is None and "without gradient clipping. Its weights are not" in other.note
         )
+
+
+# Class-conditional ImageNet: Figures 10 and 11
+
+
+FIGURES = ("imagenet64-vit", "imagenet64-unet")
+
+
+def parameters(run):
+    with torch.device("meta"):
+        return sum(p.numel() for p in runs.network(run).parameters())
+
+
+@pytest.mark.parametrize("profile", ["lab", "paper"])
+def test_figures_10_and_11_differ_in_backbone_and_betas_alone(profile):
+    vit, unet = (presets.preset(f"{profile}/{name}") for name in FIGURES)
+    differ = {name for name in runs.differences(vit, unet) if not name.startswith("model.")}
+    assert differ == {"name", "note", "train.betas"}
+    assert (vit.train.betas, unet.train.betas) == ((0.99, 0.99), (0.9, 0.999))  # supplement, section 3.2
+    assert (vit.model.kind, unet.model.kind) == ("vit", "unet")
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_10_and_11_at_lab_scale_train_and_sample_as_the_papers(name):
+    lab, paper = (presets.preset(f"{profile}/{name}") for profile in ("lab", "paper"))
+    for run in (lab, paper):
+        assert (run.parameterization, run.weight.name, run.weight.gamma) == ("eps", "min_snr", 5)
+        assert (run.schedule.name, run.schedule.steps, run.train.label_drop) == ("cosine_vp", 1000, 0.15)
+        assert run.model.null_class and run.data.classes
+        assert (run.sample.sampler, run.sample.steps, run.sample.guidance) == ("heun", 20, 1.5)
+        assert run.train.weight_decay == 0.03 and run.evaluate.levels == 40
+        assert run.evaluate.at[-1] == run.train.images
+    assert dataclasses.replace(paper.sample, sigma_max=40.0) == lab.sample != paper.sample
+    assert lab.train.betas == paper.train.betas
+    assert (lab.evaluate.features, paper.evaluate.features) == ("efficientnet_lite0", "inception")
+
+
+def test_the_paper_networks_of_figures_10_and_11_have_the_published_sizes():
+    vit, unet = (presets.preset(f"paper/{name}") for name in FIGURES)
+    d, depth, patch = 1024, 21, 4 * 4 * 3  # Table 1
+    block = 3 * d * d + 2 * d  # query, key and value; the key has no bias
+    block += d * d + d  # projection
+    block += 4 * d * d + 4 * d + 4 * d * d + d  # MLP
+    block += 2 * 2 * d  # two norms
+    embeddings = patch * d + d + 1000 * d + 1001 * d + (16 * 16 + 2) * d  # patches, time, class, position
+    assert parameters(vit) == depth * block + embeddings + d * patch + patch == 266_911_792
+    # ADM's 295.9M (openai/guided-diffusion) have 6 output channels, no null class
+    assert parameters(unet) + 3 * (192 * 9 + 1) - 768 == pytest.approx(295.9e6, abs=0.05e6)
+    edm = presets.preset("paper/imagenet64-edm").model
+    assert dataclasses.replace(unet.model, null_class=False) == edm
+    for run in (vit, unet):
+        assert (run.train.images, run.train.batch) == (921_600_000, 1024)
+        steps = run.train.ema_halflife_images / run.train.batch
+        assert 0.5 ** (1 / steps) == pytest.approx(0.9999, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_lab_networks_of_figures_10_and_11_fit_into_32_megabytes(name):
+    run = presets.preset(f"lab/{name}")
+    assert 14e6 < parameters(run) < 16e6
+    assert run.train.ema_halflife_images == run.train.images / 16 and run.train.ema_rampup == 0.1
+    at = run.evaluate.at
+    assert len(at) == 8 and all(b / a == pytest.approx(2**0.5, rel=1e-6) for a, b in itertools.pairwise(at))
+    (plain,) = run.evaluate.also
+    assert dataclasses.replace(run.sample, guidance=1.0) == plain
+    assert run.train.cuda_graphs and run.data.holdout == 1000
+    assert f"{18_494 - run.data.holdout:,} images of 20 classes" in run.note
