@@ -17,7 +17,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -89,11 +90,14 @@ def figure_size(width: str = "column", aspect: float = 0.68) -> tuple[float, flo
     return WIDTHS[width], WIDTHS[width] * aspect
 
 
-def image_grid(images: np.ndarray, rows: int, cols: int, pad: int = 2) -> UInt8[np.ndarray, "height width 3"]:
+def image_grid(
+    images: np.ndarray, rows: int, cols: int, pad: int = 2, below: int = 0
+) -> UInt8[np.ndarray, "height width 3"]:
     """The first rows · cols images side by side, row by row, as one RGB image.
 
     `images` is uint8, [n, h, w, 3] or [n, 3, h, w]; `pad` white pixels lie between neighbours and none
-    around the edge. Raises `ReproError` where there are too few images, or they are not of that kind.
+    around the edge, and `below` more beneath each image, for `name_images`. Raises `ReproError` where there
+    are too few images, or they are not of that kind.
     """
     images = np.asarray(images)
     if images.ndim == 4 and images.shape[3] != 3 and images.shape[1] == 3:
@@ -103,9 +107,10 @@ def image_grid(images: np.ndarray, rows: int, cols: int, pad: int = 2) -> UInt8[
     if len(images) < rows * cols or rows < 1 or cols < 1:
         raise ReproError(f"{rows} rows of {cols} need {rows * cols} images; there are {len(images)}")
     _, height, width, _ = images.shape
-    grid = np.full((rows * (height + pad) - pad, cols * (width + pad) - pad, 3), 255, np.uint8)
+    down = height + below + pad
+    grid = np.full((rows * down - pad, cols * (width + pad) - pad, 3), 255, np.uint8)
     for i, image in enumerate(images[: rows * cols]):
-        top, left = i // cols * (height + pad), i % cols * (width + pad)
+        top, left = i // cols * down, i % cols * (width + pad)
         grid[top : top + height, left : left + width] = image
     return grid
 
@@ -114,6 +119,20 @@ def show_image(ax: Axes, image: np.ndarray) -> Axes:
     """Draw an image, or a grid of them, without ticks or frame; returns `ax`."""
     ax.imshow(image, interpolation="none")  # the PDF then holds the pixels themselves
     ax.set_axis_off()
+    return ax
+
+
+def name_images(
+    ax: Axes, names: Sequence[str], cols: int, side: int, below: int, pad: int = 2, size: float = 4.0
+) -> Axes:
+    """Write a name beneath each image of a shown `image_grid` of images `side` pixels wide; returns `ax`.
+
+    cols, below, pad: as in `image_grid`. size: of the text, in points; long names take several lines.
+    """
+    for i, name in enumerate(names):
+        left, top = i % cols * (side + pad), i // cols * (side + below + pad)
+        text = textwrap.fill(name, 14, break_long_words=False)
+        ax.text(left + side / 2, top + side + 1, text, size=size, ha="center", va="top", linespacing=1)
     return ax
 
 

@@ -59,6 +59,8 @@ class DataUsed:
     count: int
     trained_on: int
     held_out: int
+    classes: tuple[str, ...] = ()
+    """Names of the classes that the network is conditioned on, position = label; older records have none."""
 
 
 @dataclass(frozen=True, config=config.strict)
@@ -312,6 +314,18 @@ class Run:
         """Images seen and the distance there, of images drawn as `how` says (see `distances`)."""
         lines = self.distances(how, ema=ema)
         return [line["images"] for line in lines], [line["value"] for line in lines]
+
+    def of_the_same_samples(self, line: dict) -> list[dict]:
+        """Lines of metrics.jsonl that were measured of the samples of `line`, one of them, in their order.
+
+        From the same weights, sampler and first seed, on the same features; of all samples or the first ones.
+        """
+
+        def samples(line: dict) -> tuple:
+            keys = ("images", "ema_halflife_images", "first_seed", "features", "precision", "classifier")
+            return config.sample_from_json(line["sample"]), *map(line.get, keys)
+
+        return [other for other in self.metrics if "sample" in other and samples(other) == samples(line)]
 
     def blocks(self, how: config.Sample) -> list[float]:
         """Distances at the end of training, of other blocks of as many sample seeds than the run's own.

@@ -611,6 +611,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
             count=len(real.images),
             trained_on=len(trained_on),
             held_out=len(held_out),
+            classes=tuple(real.classes) if run.data.classes else (),
         ),
         images=trainer.images,
         seconds=trainer.seconds,

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from scipy import stats
 
-from repro import config, files, paper, presets, provenance, render, runs
+from repro import config, files, paper, presets, provenance, render, runs, sample
 from repro.files import ReproError
 
 ID = "fig9_celeba64_unet"
@@ -70,6 +70,38 @@ def test_another_runs_samples_stop_the_notebook(tmp_path, monkeypatch):
     assert runs.read_record(folder / "run.json") != record
     with pytest.raises(ReproError, match="not what its weights draw"):
         runs.load_run("lab/celeba64-unet", tmp_path / "runs").check_samples(1)
+
+
+def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monkeypatch):
+    name = "lab/imagenet64-eps-minsnr5"
+    folder = tmp_path / "runs" / name
+    shutil.copytree(runs.RECORDED / name, folder)
+    values = json.loads((folder / "run.json").read_text())
+    ids = [f"n{label:08d}" for label in range(20)]
+    ids[0] = "n01440764"
+    values["data"]["classes"] = ids
+    (folder / "run.json").write_text(json.dumps(values))
+    recorded = runs.load_run(name, tmp_path / "runs")
+    distance = recorded.distances(recorded.sample)[-1]
+    half = {"k": 3, "real": 9247, "samples": 9247, "real_halves": 0.75}
+    for kind, value in (("precision", 0.625), ("recall", 0.25)):
+        line = {**distance, **half, "name": f"{kind} (EfficientNet-Lite0, k = 3)", "value": value}
+        files.append_line(folder / "metrics.jsonl", line)
+        files.append_line(
+            folder / "metrics.jsonl", {**line, "value": 0.5, "first_seed": 7}
+        )  # of other samples
+    monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
+    changes = {"run": "imagenet64-eps-minsnr5", "output": "fig10_imagenet64_vit", "recompute": 1}
+    render.render(ID, out=tmp_path / "paper", overrides=changes)
+    found = json.loads((tmp_path / "paper" / "values" / "fig10_imagenet64_vit.json").read_text())["values"]
+    labels = sample.labels_for(range(64), 20).tolist()
+    assert found["classes"] == ["tench" if label == 0 else ids[label] for label in labels]
+    assert 0 in labels and found["paper"]["value"] == 2.28
+    measured = {kind: (m["value"], m["real_halves"]) for kind, m in found["precision_recall"].items()}
+    assert measured == {"precision": (0.625, 0.75), "recall": (0.25, 0.75)}
+    assert found["distance"]["value"] == pytest.approx(distance["value"], rel=1e-5)
+    picture = Image.open(tmp_path / "paper" / "figures" / "fig10_imagenet64_vit.png")
+    assert picture.height / picture.width == pytest.approx(0.6 * 82 / 64, abs=0.01)  # room for the names
 
 
 def made_up_arm(folder, arm, suffix, scale, error, guided=True, starts=None):

@@ -199,6 +199,28 @@ def test_image_grid_puts_each_image_in_its_place(channels_first):
     assert (grid[5] == 255).all() and (grid[:, 4] == 255).all()
 
 
+def test_names_lie_beneath_their_images():
+    images = np.zeros((6, 40, 40, 3), np.uint8)
+    grid = paper.image_grid(images, rows=2, cols=3, pad=2, below=20)
+    assert grid.shape == (2 * 60 + 2, 3 * 42 - 2, 3)
+    assert (grid[40:62] == 255).all() and (grid[102:] == 255).all() and (grid[62:102, 42:82] == 0).all()
+    paper.style()
+    fig = plt.figure(figsize=(3, 3), layout="none")
+    ax = paper.show_image(fig.add_axes([0, 0, 1, 1]), grid)
+    names = ["tench", "Old English sheepdog", "n0123456789012345", "a", "b", "c"]
+    paper.name_images(ax, names, cols=3, side=40, below=20, size=6.0)
+    assert [text.get_text() for text in ax.texts] == [
+        "tench", "Old English\nsheepdog", "n0123456789012345", "a", "b", "c"
+    ]  # fmt: skip
+    fig.canvas.draw()
+    for i in (0, 1, 4):
+        box = ax.texts[i].get_window_extent().transformed(ax.transData.inverted())
+        left, top = i % 3 * 42, i // 3 * 62
+        assert left <= box.x0 < box.x1 <= left + 40  # in the image's column, and beneath it
+        assert top + 39.5 <= min(box.y0, box.y1) and max(box.y0, box.y1) <= top + 62
+    plt.close(fig)
+
+
 @pytest.mark.parametrize(
     "images, message",
     [

@@ -257,6 +257,40 @@ def test_blocks_are_other_seeds_at_the_end(root):
     assert load(root).blocks(RUN.sample) == [2.0, 5.0]
 
 
+def test_lines_of_the_same_samples(root):
+    line = {
+        "name": "FD (EfficientNet-Lite0)", "features": "efficientnet_lite0", "precision": "bf16", "images": 8,
+        "sample": config.sample_json(RUN.sample), "samples": 10, "first_seed": 5, "value": 1.0,
+    }  # fmt: skip
+    older = {**line, "name": "nearest training image", "sample": {"sampler": "heun", "steps": 2}}
+    fewer = {**line, "name": "precision (EfficientNet-Lite0, k = 3)", "samples": 4}
+    others = [
+        {**line, **change}
+        for change in (
+            {"first_seed": 6}, {"images": 4}, {"features": "inception"}, {"precision": "fp32"},
+            {"ema_halflife_images": 7.0}, {"sample": {**line["sample"], "guidance": 1.5}},
+            {"classifier": {"run": "lab/c", "weights": {}}},
+        )
+    ]  # fmt: skip
+    loss = {"name": "loss on training images", "images": 8, "value": 1.0}
+    for one in (older, *others, line, loss, fewer):
+        files.append_line(root / NAME / "metrics.jsonl", one)
+    assert load(root).of_the_same_samples(line) == [older, line, fewer]
+    assert load(root).of_the_same_samples(others[0]) == [others[0]]
+
+
+def test_a_record_may_name_its_classes(root):
+    record = load(root).record
+    assert record.data.classes == ()  # as in older records, which do not have the key
+    values = json.loads((root / NAME / "run.json").read_text())
+    del values["data"]["classes"]
+    (root / NAME / "run.json").write_text(json.dumps(values))
+    assert load(root).record == record
+    named = dataclasses.replace(record, data=dataclasses.replace(record.data, classes=("n1", "n2")))
+    runs.write_record(root / NAME, named)
+    assert load(root).record.data.classes == ("n1", "n2")
+
+
 def test_the_committed_runs_are_whole():
     assert runs.names(), "no run is recorded"
     for name in runs.names():

@@ -89,6 +89,15 @@ def test_a_run_is_recorded_whole(home):
     assert run.check_samples(2)["largest_mean_difference"] == 0
 
 
+def test_a_run_that_knows_classes_records_their_names(home):
+    prepared(home, "labelled", classes=2, count=3)
+    labelled = Data("labelled", classes=2)
+    for used, names in ((labelled, ("n00000000", "n00000001")), (Data("labelled"), ())):
+        run = change(dataclasses.replace(RUN, data=used), images=4)
+        folder = train.train(run, home / f"out{used.classes}", "cpu", grid=(1, 1))
+        assert runs.load_run(folder).record.data.classes == names
+
+
 def test_a_run_without_its_weights_says_so(home):
     run = dataclasses.replace(RUN, record_weights=False, evaluate=Evaluate(at=(24,), samples=4))
     folder = train.train(run, home / "out", "cpu", grid=(1, 2))
