@@ -303,8 +303,8 @@ def test_an_unknown_preset_is_one_line_in_a_process_of_its_own(home):
     done = run("train", "lab/celeba64-unte")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        "error: there is no preset 'lab/celeba64-unte'. Near ones: lab/celeba64-unet, paper/celeba64-unet. "
-        "All: python -m repro presets\n"
+        "error: there is no preset 'lab/celeba64-unte'. Near ones: lab/celeba64-unet, paper/celeba64-unet, "
+        "lab/imagenet64-unet. All: python -m repro presets\n"
     )
 
 
