@@ -136,7 +136,7 @@ class Weight:
 class Sample:
     """How images are drawn."""
 
-    sampler: Literal["heun", "ancestral", "dpm_solver"] = "heun"
+    sampler: Literal["heun", "ancestral", "dpm_solver", "euler_maruyama"] = "heun"
     steps: int = 18
     """Noise levels visited; Heun calls the network 2 * steps - 1 times (see `repro.sample.evaluations`)."""
     sigma_min: Positive = 0.002

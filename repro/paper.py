@@ -295,7 +295,12 @@ def describe_metric(metric: dict, run: str | None = None) -> str:
 
 def describe_sampler(sample: dict) -> str:
     """A sampler's settings in a few words, such as `Heun, 18 steps from σ = 40`."""
-    name = {"heun": "Heun", "ancestral": "DDIM" if sample["eta"] == 0 else "ancestral"}.get(sample["sampler"])
+    names = {
+        "heun": "Heun",
+        "ancestral": "DDIM" if sample["eta"] == 0 else "ancestral",
+        "euler_maruyama": "Euler–Maruyama",
+    }
+    name = names.get(sample["sampler"])
     if sample["sampler"] == "dpm_solver":
         name = f"DPM-Solver++({sample['order']}M)" if sample["multistep"] else f"DPM-Solver-{sample['order']}"
     guidance = "" if sample["guidance"] == 1 else f", guidance {sample['guidance']:g}"

@@ -168,6 +168,8 @@ def sample_batch(
         return samplers.heun(denoise, start, sigmas, churn=sample.churn, fresh_noise=noise)
     if sample.sampler == "dpm_solver":
         return samplers.dpm_solver(denoise, start, sigmas, sample.order, sample.multistep)
+    if sample.sampler == "euler_maruyama":
+        return samplers.euler_maruyama(denoise, start, sigmas, fresh_noise=noise)
     return samplers.ancestral(denoise, start, sigmas, eta=sample.eta, fresh_noise=noise)
 
 
@@ -176,7 +178,12 @@ def evaluations(sample: config.Sample, levels: int) -> int:
 
     The last step, to 0, takes one.
     """
-    a_step = {"heun": 2, "ancestral": 1, "dpm_solver": 1 if sample.multistep else sample.order}
+    a_step = {
+        "heun": 2,
+        "ancestral": 1,
+        "euler_maruyama": 1,
+        "dpm_solver": 1 if sample.multistep else sample.order,
+    }
     return a_step[sample.sampler] * (levels - 1) + 1
 
 
@@ -210,10 +217,11 @@ def generate(
     labelled = guided(denoiser, sample)
     if cuda_graphs and torch.device(device).type == "cuda" and sample.guidance_interval is None:
         labelled = captured(labelled)
+    stochastic = sample.sampler == "euler_maruyama" or sample.eta > 0 or sample.churn > 0
     for first in range(0, len(seeds), batch):
         chosen = list(range(first, min(first + batch, len(seeds))))
         padded = chosen + [chosen[-1]] * (batch - len(chosen))
-        noise = SeedNoise([seeds[i] for i in padded], shape, device, ahead=sample.eta > 0 or sample.churn > 0)
+        noise = SeedNoise([seeds[i] for i in padded], shape, device, ahead=stochastic)
         some = None if labels is None else labels[padded].to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
             images = sample_batch(denoiser, sample, noise, some, labelled)

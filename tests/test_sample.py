@@ -119,6 +119,7 @@ SAMPLERS = {
     "heun with churn": {"churn": 2.0},
     "ddim": {"sampler": "ancestral"},
     "ancestral": {"sampler": "ancestral", "eta": 1.0},
+    "euler_maruyama": {"sampler": "euler_maruyama"},
     "guided": {"guidance": 2.0},
     "guided within an interval": {"guidance": 2.0, "guidance_interval": (0.1, 2.0)},
 }
@@ -149,6 +150,15 @@ def test_churn_and_eta_reach_the_sampler(options):
     assert torch.equal(images, sample.to_uint8(by_hand))
     without = {**options, "churn": 0.0, "eta": 0.0}
     assert not torch.equal(images, images_of(seeds, 2, with_sample(RUN, **without), labels=labels))
+
+
+def test_euler_maruyama_reaches_the_sampler():
+    D, seeds, labels = exact(), [4, 2], torch.tensor([0, 2])
+    noise, sigmas = sample.SeedNoise(seeds, (2, 4, 4)), schedules.grid_for(D.schedule, RUN.sample)
+    start = noise().double() * sigmas[0]
+    by_hand = samplers.euler_maruyama(lambda x, s: D(x, s, labels), start, sigmas, noise)
+    images = images_of(seeds, 2, with_sample(RUN, sampler="euler_maruyama"), labels=labels)
+    assert torch.equal(images, sample.to_uint8(by_hand))
 
 
 def test_every_batch_has_the_same_size_and_the_filling_is_cut_off():
@@ -203,6 +213,7 @@ def test_another_way_to_sample_can_be_asked_for():
     [
         ({}, 11 * [2]),
         ({"sampler": "ancestral"}, 6 * [2]),
+        ({"sampler": "euler_maruyama"}, 6 * [2]),
         ({"guidance": 3.0}, 11 * [4]),
         # calls at 80, 2 x each of the four between and the smallest once more; guided is all below 1
         ({"guidance": 3.0, "guidance_interval": (0.0, 1.0)}, None),
@@ -311,9 +322,15 @@ def test_only_stochastic_samplers_draw_ahead(monkeypatch):
         return noise(*arguments, ahead=ahead)
 
     monkeypatch.setattr(sample, "SeedNoise", watched)
-    for changes in ({}, {"churn": 1.0}, {"sampler": "ancestral", "eta": 1.0}, {"sampler": "ancestral"}):
+    for changes in (
+        {},
+        {"churn": 1.0},
+        {"sampler": "ancestral", "eta": 1.0},
+        {"sampler": "ancestral"},
+        {"sampler": "euler_maruyama"},
+    ):
         images_of([0], 1, run=with_sample(RUN, **changes))
-    assert asked == [False, True, True, False]
+    assert asked == [False, True, True, False, True]
 
 
 def test_noise_in_inference_mode():
@@ -332,7 +349,8 @@ def test_sampling_by_a_cuda_graph_is_sampling(precision, compiled):
     if compiled:
         D.net = runs.compiled(D.net)
     fresh = config.Sample(sampler="ancestral", steps=9, eta=1.0)  # whose noise a thread draws meanwhile
-    for how in (*recorded.config.evaluate.also, recorded.config.sample, fresh):
+    sde = config.Sample(sampler="euler_maruyama", steps=9)
+    for how in (*recorded.config.evaluate.also, recorded.config.sample, fresh, sde):
         one, other = (
             torch.cat(
                 list(

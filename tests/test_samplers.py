@@ -56,6 +56,7 @@ class Given:
         return self.noises[self.used - 1]
 
 
+EULER_MARUYAMA = functools.partial(samplers.euler_maruyama, fresh_noise=lambda: torch.ones(1, 1, 1, 1))
 DETERMINISTIC = {"heun": (samplers.heun, 2), "ancestral, eta 0": (samplers.ancestral, 1)}
 DPM_SOLVERS = {
     f"order {order}, {'multistep' if multistep else 'singlestep'}": (
@@ -282,6 +283,137 @@ def test_stochastic_samplers_draw_from_the_data_distribution(sampler, options, o
     assert stats.kstest(pixels, stats.norm(GAUSSIAN.mean, std).cdf).pvalue > 0.01
 
 
+# Euler-Maruyama on the reverse VP SDE, on Gaussian data whose three pixels are correlated
+
+PIXEL_MEANS, EYE = f64([0.3, -0.5, 0.1]), torch.eye(3, dtype=torch.float64)
+PIXEL_COVARIANCE = f64([[0.3, 0.1, -0.05], [0.1, 0.2, 0.08], [-0.05, 0.08, 0.15]])
+
+
+def denoise_pixels(x, sigma):
+    """E[y | x] of [n, 1, 1, 3]: y and x are jointly normal, Cov(y, x) = C, Cov(x) = C + sigma^2."""
+    gain = PIXEL_COVARIANCE @ torch.linalg.inv(PIXEL_COVARIANCE + sigma**2 * EYE)
+    return PIXEL_MEANS + (x - PIXEL_MEANS) @ gain.T
+
+
+def pixels_at(sigma):
+    """Mean and covariance of the VP state z = alpha * (y + sigma * n)."""
+    alpha = 1 / (1 + sigma**2).sqrt()
+    return alpha * PIXEL_MEANS, alpha**2 * (PIXEL_COVARIANCE + sigma**2 * EYE)
+
+
+def moments_of_euler_maruyama(sigmas):
+    """Mean and covariance of the chain's end, which starts with those of the data at sigmas[0].
+
+    In VP coordinates, dz = -beta/2 z dt + sqrt(beta) dw, with the exact score of z; one step backwards is
+    z + b/2 z + b score + sqrt(b) n, b the integral of beta = -2 (ln alpha)'.
+    """
+    mean, covariance = pixels_at(sigmas[0])
+    for sigma, sigma_next in zip(sigmas[:-1], sigmas[1:], strict=True):
+        b = 2 * (torch.sqrt(1 + sigma**2).log() - torch.sqrt(1 + sigma_next**2).log())
+        of_data, spread = pixels_at(sigma)
+        precision = torch.linalg.inv(spread)  # the score is -precision (z - of_data)
+        step = (1 + b / 2) * EYE - b * precision
+        mean = step @ mean + b * precision @ of_data
+        covariance = step @ covariance @ step.T + (b * EYE if sigma_next > 0 else 0)
+    return mean, covariance
+
+
+def response(sampler, sigmas):
+    """What an affine chain makes of its start and noises: [1 + 3 * steps, 3]. First of the start's mean; then
+    what one standard deviation along each axis of the start's Gaussian, and each pixel of each noise, add."""
+    steps = len(sigmas) - 1
+    x = PIXEL_MEANS.repeat(1 + 3 * steps, 1, 1, 1)
+    x[1:4] += torch.linalg.cholesky(PIXEL_COVARIANCE + sigmas[0] ** 2 * EYE).T[:, None, None]
+    units = torch.eye(1 + 3 * steps, dtype=torch.float64)
+    noises = iter(units[:, k : k + 3, None, None].transpose(1, 3) for k in range(4, 1 + 3 * steps, 3))
+    out = sampler(denoise_pixels, x, sigmas, fresh_noise=lambda: next(noises))[:, 0, 0]
+    return torch.cat([out[:1], out[1:] - out[:1]])
+
+
+@pytest.mark.parametrize("sigmas", [grid(12), f64([5.0, 2.0, 2.0, 0.3, 0.0]), f64([0.7, 0.0])])
+def test_euler_maruyama_is_the_chain_in_vp_coordinates(sigmas):
+    made = response(samplers.euler_maruyama, sigmas)
+    mean, covariance = moments_of_euler_maruyama(sigmas)
+    torch.testing.assert_close(made[0], mean, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(made[1:].T @ made[1:], covariance, rtol=1e-9, atol=1e-9)
+
+
+def test_euler_maruyama_draws_from_the_distribution_of_its_chain():
+    """40,000 images from sigma = 80, in steps so few that it is not the data's."""
+    shape, seeds, sigmas = (40_000, 1, 1, 3), iter(range(200, 1000)), grid(40, 80.0)
+    scale = torch.linalg.cholesky(PIXEL_COVARIANCE + 80**2 * EYE)
+    x = PIXEL_MEANS + normal(199, *shape) @ scale.T
+    out = samplers.euler_maruyama(denoise_pixels, x, sigmas, lambda: normal(next(seeds), *shape))[:, 0, 0]
+    mean, covariance = moments_of_euler_maruyama(sigmas)
+    variances = covariance.diag()
+    assert ((out.mean(0) - mean).abs() < 4 * (variances / len(out)).sqrt()).all()
+    bound = 4 * ((variances[:, None] * variances + covariance**2) / len(out)).sqrt()
+    assert ((out.T.cov() - covariance).abs() < bound).all()
+    assert ((covariance - PIXEL_COVARIANCE).abs() > 2 * bound).any()  # the bound tells the two apart
+    for pixel, m, v in zip(out.T, mean, variances, strict=True):
+        assert stats.kstest(pixel.numpy(), stats.norm(float(m), float(v.sqrt())).cdf).pvalue > 0.01
+
+
+def test_euler_maruyama_converges_weakly_with_order_1():
+    steps, means, covariances = [128, 256, 512, 1024], [], []
+    for n in steps:
+        mean, covariance = moments_of_euler_maruyama(grid(n))
+        means.append(float((mean - PIXEL_MEANS).abs().max()))
+        covariances.append(float((covariance - PIXEL_COVARIANCE).abs().max()))
+    assert measured_order(steps, means) == pytest.approx(1, abs=0.1)
+    assert measured_order(steps, covariances) == pytest.approx(1, abs=0.1)
+    assert means[-1] < 2e-3 and covariances[-1] < 5e-3
+
+
+def test_euler_maruyama_agrees_with_ancestral_sampling_in_small_steps():
+    """The same start and noises: their paths approach each other with order 1."""
+    steps, apart = [32, 64, 128, 256], []
+    for n in steps:
+        ours = response(samplers.euler_maruyama, grid(n))
+        theirs = response(functools.partial(samplers.ancestral, eta=1.0), grid(n))
+        apart.append(float((ours - theirs).square().sum().sqrt()))
+    assert measured_order(steps, apart) == pytest.approx(1, abs=0.15)
+
+
+def test_euler_maruyama_is_u_vits_to_first_order():
+    """U-ViT: beta(t) = 0.1 + 19.9 t, t evenly spaced from 1 to 1e-3 and then 0, beta not integrated but taken
+    at the noisy end of each step. Bao et al. 2022; the SDE is Song et al. 2021b's, appendix C."""
+    steps, apart = [125, 250, 500, 1000], []
+    for n in steps:
+        t = torch.cat([torch.linspace(1, 1e-3, n, dtype=torch.float64), f64([0.0])])
+        sigmas = torch.expm1(0.1 * t + 19.9 / 2 * t**2).sqrt()
+        start, noise = normal(1, 500, 1, 1, 1), Given((500, 1, 1, 1), n - 1)
+        z = start
+        for i in range(n):
+            beta, alpha = 0.1 + 19.9 * t[i], 1 / (1 + sigmas[i] ** 2).sqrt()
+            variance = alpha**2 * (GAUSSIAN.std**2 + sigmas[i] ** 2)
+            score = -(z - alpha * GAUSSIAN.mean) / variance
+            z = z + (beta / 2 * z + beta * score) * (t[i] - t[i + 1])
+            if i < n - 1:
+                z = z + (beta * (t[i] - t[i + 1])).sqrt() * noise.noises[i]
+        x = start * (1 + sigmas[0] ** 2).sqrt()
+        ours = samplers.euler_maruyama(GAUSSIAN.denoise, x, sigmas, noise)
+        assert noise.used == n - 1
+        apart.append(float((ours - z).square().mean().sqrt()))
+    assert measured_order(steps, apart) == pytest.approx(1, abs=0.1)
+    assert apart[-1] < 0.01 * GAUSSIAN.std
+
+
+def test_euler_maruyama_grows_in_a_step_of_more_than_4():
+    """As the first of all steps of cosine_vp is, whose beta of 0.999 is an integral of 6.9."""
+    sigmas = schedules.cosine_vp().sigmas.flip(0)[:2]
+    b = float(((1 + sigmas[0] ** 2) / (1 + sigmas[1] ** 2)).log())
+    assert b == pytest.approx(-math.log(0.001), rel=1e-9)
+    x = torch.zeros(1, 1, 1, 1) + sigmas[0]  # z = 1
+    recorder = Recorder()
+    samplers.euler_maruyama(recorder, x, torch.cat([sigmas, f64([0.0])]), lambda: torch.zeros(1, 1, 1, 1))
+    z = recorder.asked[1][0] / (1 + sigmas[1] ** 2).sqrt()
+    assert float(z) == pytest.approx(1 - b / 2, abs=1e-3)
+
+
+# Churn
+
+
 def test_churn_noise_scales_the_noise_added():
     """Twice the added standard deviation is four times the added variance, in the first step already."""
     sigmas = f64([5.0, 0.0])
@@ -337,13 +469,17 @@ def test_without_churn_or_eta_no_noise_is_drawn():
 @pytest.mark.parametrize("steps", [2, 5, 18])
 def test_network_calls(steps):
     x = START * normal(6, 2, 1, 2, 2)
-    for sampler, calls in ((samplers.heun, 2 * steps - 1), (samplers.ancestral, steps)):
+    for sampler, calls in (
+        (samplers.heun, 2 * steps - 1),
+        (samplers.ancestral, steps),
+        (EULER_MARUYAMA, steps),
+    ):
         recorder = Recorder()
         sampler(recorder, x, grid(steps))
         assert len(recorder.asked) == calls
 
 
-@pytest.mark.parametrize("sampler", [samplers.heun, samplers.ancestral])
+@pytest.mark.parametrize("sampler", [samplers.heun, samplers.ancestral, EULER_MARUYAMA])
 def test_the_state_is_float64_and_the_start_is_left_alone(sampler):
     x = (START * normal(7, 2, 1, 2, 2)).float()
     kept, recorder = x.clone(), Recorder()
@@ -354,8 +490,8 @@ def test_the_state_is_float64_and_the_start_is_left_alone(sampler):
 
 @pytest.mark.parametrize(
     "sampler",
-    [samplers.heun, samplers.ancestral, *[sampler for sampler, _ in DPM_SOLVERS.values()]],
-    ids=["heun", "ancestral", *DPM_SOLVERS],
+    [samplers.heun, samplers.ancestral, EULER_MARUYAMA, *[sampler for sampler, _ in DPM_SOLVERS.values()]],
+    ids=["heun", "ancestral", "euler_maruyama", *DPM_SOLVERS],
 )
 def test_a_level_visited_twice_changes_nothing(sampler):
     """Rounding to few trained levels can repeat one; no noise is to be added there."""
@@ -370,7 +506,7 @@ def test_a_level_visited_twice_changes_nothing(sampler):
     torch.testing.assert_close(recorder.asked[1][0], x)
 
 
-@pytest.mark.parametrize("sampler", [samplers.heun, samplers.ancestral])
+@pytest.mark.parametrize("sampler", [samplers.heun, samplers.ancestral, EULER_MARUYAMA])
 @pytest.mark.parametrize("bad", [[2.0, 1.0], [1.0, 2.0, 0.0], [2.0, 0.0, 0.0], [0.0], [[2.0, 0.0]]])
 def test_a_grid_that_does_not_end_in_a_single_0_is_refused(sampler, bad):
     # a grid of two dimensions is caught by the annotation already where those are checked
