@@ -139,10 +139,15 @@ class Sample:
     sampler: Literal["heun", "ancestral", "dpm_solver", "euler_maruyama"] = "heun"
     steps: int = 18
     """Noise levels visited; Heun calls the network 2 * steps - 1 times (see `repro.sample.evaluations`)."""
+    grid: Literal["karras", "uniform"] = "karras"
+    """Which noise levels: EDM's grid, or those of evenly spaced timesteps of a schedule that counts them."""
+    grid_sections: tuple[Annotated[int, Field(ge=2)], ...] = ()
+    """Of the uniform grid, to space each of several equal sections of the timesteps by itself: the levels of
+    each, least noise first, which add up to `steps` (none: all timesteps are one section)."""
     sigma_min: Positive = 0.002
-    """Smallest noise level of the grid (raised to the smallest trained one)."""
+    """Smallest noise level of EDM's grid (raised to the smallest trained one)."""
     sigma_max: Positive = 80.0
-    """Largest noise level of the grid (lowered to the largest trained one)."""
+    """Largest noise level of EDM's grid (lowered to the largest trained one)."""
     rho: Annotated[float, Field(ge=0.1, le=100)] = 7.0
     eta: float = 0.0
     """Of the ancestral sampler: 0 is DDIM, 1 is ancestral DDPM."""
@@ -177,6 +182,19 @@ class Sample:
             raise ValueError("classifier and classifier_scale are given together")
         if self.steps < 2:
             raise ValueError(f"a sampler needs at least 2 steps, not {self.steps}")
+        unused = {name: getattr(Sample, name) for name in ("sigma_min", "sigma_max", "rho")}  # the defaults
+        if self.grid == "uniform" and any(getattr(self, name) != unused[name] for name in unused):
+            raise ValueError(
+                f"{', '.join(unused)} have no effect on the uniform grid, which goes over all trained "
+                f"timesteps; leave them at {', '.join(f'{value:g}' for value in unused.values())}"
+            )
+        if self.grid_sections and self.grid != "uniform":
+            raise ValueError(f"grid_sections is an option of the uniform grid; {self.grid} has none")
+        if len(self.grid_sections) == 1:
+            raise ValueError("a single one of grid_sections is the uniform grid without; give more or none")
+        if self.grid_sections and sum(self.grid_sections) != self.steps:
+            total = sum(self.grid_sections)
+            raise ValueError(f"grid_sections add up to {total}, but steps is {self.steps}; make them equal")
         return self
 
 

@@ -294,7 +294,11 @@ def describe_metric(metric: dict, run: str | None = None) -> str:
 
 
 def describe_sampler(sample: dict) -> str:
-    """A sampler's settings in a few words, such as `Heun, 18 steps from σ = 40`."""
+    """A sampler's settings in a few words, such as `Heun, 18 steps from σ = 40`.
+
+    On the uniform grid `ancestral, 250 uniform timesteps`, or with its sections, least noise first, such as
+    `ancestral, 40 + 10 uniform timesteps`. `sample` is as `config.sample_json` gives it, or has given it.
+    """
     names = {
         "heun": "Heun",
         "ancestral": "DDIM" if sample["eta"] == 0 else "ancestral",
@@ -306,6 +310,9 @@ def describe_sampler(sample: dict) -> str:
     guidance = "" if sample["guidance"] == 1 else f", guidance {sample['guidance']:g}"
     if sample.get("classifier"):
         guidance += f", classifier {sample['classifier']} × {sample['classifier_scale']:g}"
+    if sample.get("grid") == "uniform":
+        steps = " + ".join(str(n) for n in sample["grid_sections"] or [sample["steps"]])
+        return f"{name}, {steps} uniform timesteps{guidance}"
     return f"{name}, {sample['steps']} steps from σ = {sample['sigma_max']:g}{guidance}"
 
 

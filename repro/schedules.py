@@ -6,6 +6,7 @@ alpha = 1 / sqrt(1 + sigma^2).
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -138,13 +139,57 @@ def karras_grid(
     return torch.cat([grid, grid.new_zeros(1)])
 
 
-def grid_for(schedule: DiscreteVP | EDM, sample: config.Sample) -> Float[Tensor, " steps_and_zero"]:
-    """The noise levels a sampler visits: EDM's grid within the trained range, each rounded to a trained one.
+def spaced_timesteps(timesteps: int, sections: tuple[int, ...]) -> Int[Tensor, " steps"]:
+    """Which of the timesteps 0 ... `timesteps` - 1 are visited: ascending, evenly spaced in each section.
 
-    The released code of the paper does the same: sigma_min = max(0.002, smallest trained),
-    sigma_max = min(80, largest trained). Levels of a fine grid that are rounded to the same one are
-    visited once, so there can be fewer than `sample.steps`.
+    `sections` are the numbers visited in each of equal sections, least noise first, at least 2: the first and
+    last timestep of a section always are. This is ADM's respacing, `space_timesteps` of its code
+    (openai/guided-diffusion): where sections cannot be equal, the first ones are longer by one; positions are
+    added up from a section's start and rounded, halves to even. One section is the spacing of Nichol and
+    Dhariwal 2021, section 4. Of five, (90, 60, 60, 20, 20) are the best for LSUN in Dhariwal and Nichol 2021,
+    Table 15, which also knows sections without a step. Raises `ReproError` for fewer than 2 steps in a
+    section, or more than it has timesteps.
+
+    The supplement (4.5) says that "iDDPM even adopts a two-stage non-uniform sampling", and neither where it
+    says so nor how many steps each stage has; its code's README has one section. Two are our reading.
     """
+    if not sections or min(sections) < 2:
+        raise ReproError(f"a section of timesteps needs at least 2 steps; got {sections}")
+    length, longer = divmod(timesteps, len(sections))
+    visited, first = [], 0
+    for i, steps in enumerate(sections):
+        size = length + (i < longer)
+        if steps > size:
+            raise ReproError(f"a section of {size} of the {timesteps} timesteps cannot have {steps} steps")
+        stride = (size - 1) / (steps - 1)
+        # added up, not multiplied: rounding errors decide some halves, as they do in ADM's
+        positions = itertools.accumulate(itertools.repeat(stride, steps - 1), initial=0.0)
+        visited += [first + round(position) for position in positions]
+        first += size
+    return torch.tensor(visited)
+
+
+def uniform_grid(schedule: DiscreteVP | EDM, sections: tuple[int, ...]) -> Float[Tensor, " steps_and_zero"]:
+    """Noise levels at evenly spaced timesteps (see `spaced_timesteps`): [sum(sections) + 1] float64.
+
+    From the largest trained level down to the smallest, all of them trained ones, then 0. Raises `ReproError`
+    for a schedule that has no timesteps.
+    """
+    if not isinstance(schedule, DiscreteVP):
+        raise ReproError("the uniform grid needs a schedule of counted steps, not edm; use the grid karras")
+    visited = schedule.sigmas[spaced_timesteps(len(schedule.sigmas), sections)]
+    return torch.cat([visited.flip(0), visited.new_zeros(1)])
+
+
+def grid_for(schedule: DiscreteVP | EDM, sample: config.Sample) -> Float[Tensor, " steps_and_zero"]:
+    """The noise levels a sampler visits, trained ones, and 0: those of `uniform_grid`, or of EDM's grid.
+
+    EDM's grid is kept within the trained range, and each level rounded to a trained one, as the released code
+    of the paper does: sigma_min = max(0.002, smallest trained), sigma_max = min(80, largest trained). Levels
+    of a fine grid rounded to the same one are visited once, so there can be fewer than `sample.steps`.
+    """
+    if sample.grid == "uniform":
+        return uniform_grid(schedule, sample.grid_sections or (sample.steps,))
     grid = karras_grid(
         max(sample.sigma_min, schedule.sigma_min),
         min(sample.sigma_max, schedule.sigma_max),

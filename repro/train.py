@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repro import config, cuda_graph, data, evaluate, files, provenance, runs, sample, weights
+from repro import config, cuda_graph, data, evaluate, files, provenance, runs, sample, schedules, weights
 from repro.classifier import Classifier
 from repro.denoiser import Denoiser
 from repro.files import ReproError
@@ -761,6 +761,7 @@ def check_evaluations(run: config.Config, real: data.Dataset) -> None:
                 f"prepare both from one source"
             )
     for how in (run.sample, *run.evaluate.also):
+        schedules.grid_for(schedules.from_config(run.schedule), how)  # raises where there is no such grid
         if how.guidance != 1 and not (run.data.classes and getattr(run.model, "null_class", False)):
             raise ReproError(
                 f"{run.name} has no null class, so it cannot be sampled with guidance {how.guidance}"

@@ -304,9 +304,11 @@ def changed(run, **changes):
         (changed(DRAWS, evaluate=Evaluate(also=(Sample(guidance=2.0),)),
                  model=ViT(patch=16, width=32, depth=1, heads=2, null_class=False)),
          "has no null class, so it cannot be sampled with guidance 2"),
+        (changed(DRAWS, evaluate=Evaluate(also=(Sample(steps=1001, grid="uniform"),))),
+         "a section of 1000 of the 1000 timesteps cannot have 1001 steps"),
     ],
 )  # fmt: skip
-def test_guidance_that_cannot_work_is_found_before_training(home, run, message):
+def test_sampling_that_cannot_work_is_found_before_training(home, run, message):
     with pytest.raises(ReproError, match=message):
         train.train(run, home / "unfit", "cpu")
     assert not (home / "unfit" / "log.jsonl").exists()

@@ -44,6 +44,11 @@ def test_an_unknown_preset_names_the_near_ones():
         presets.preset("lab/celeba-unet")
 
 
+def uniform(**options) -> dict:
+    """Settings of a sampler on the uniform grid: those of EDM's grid are the default ones."""
+    return {"grid": "uniform", "sigma_max": 80.0, **options}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -57,6 +62,17 @@ def test_an_unknown_preset_names_the_near_ones():
         (lambda c: c["sample"].update(order=2), "order and multistep are options of dpm_solver"),
         (lambda c: c["sample"].update(multistep=True), "order and multistep are options of dpm_solver"),
         (lambda c: c["sample"].update(sampler="dpm_solver", order=4), "sample.order"),
+        (lambda c: c["sample"].update(sampler="euler_maruyama", eta=1.0), "euler_maruyama has none"),
+        (lambda c: c["sample"].update(sampler="euler_maruyama", churn=1.0), "euler_maruyama has none"),
+        (lambda c: c["sample"].update(sampler="euler_maruyama", order=1), "euler_maruyama has none"),
+        (lambda c: c["sample"].update(grid="even"), "sample.grid"),
+        (lambda c: c["sample"].update(grid="uniform"), "sigma_max, rho have no effect.*at 0.002, 80, 7"),
+        (lambda c: c["sample"].update(uniform(sigma_min=0.01)), "sigma_min, sigma_max, rho have no effect"),
+        (lambda c: c["sample"].update(uniform(rho=5)), "sigma_min, sigma_max, rho have no effect"),
+        (lambda c: c["sample"].update(grid_sections=[9, 9]), "of the uniform grid; karras has none"),
+        (lambda c: c["sample"].update(uniform(grid_sections=[18])), "a single one of grid_sections"),
+        (lambda c: c["sample"].update(uniform(grid_sections=[9, 8])), "add up to 17, but steps is 18"),
+        (lambda c: c["sample"].update(uniform(grid_sections=[17, 1])), "sample.grid_sections"),
         (lambda c: c["sample"].update(guidance_interval=[0, 1]), "guidance 1 is off"),
         (lambda c: c["sample"].update(steps=1), "at least 2 steps"),
         (lambda c: c["evaluate"].update(samples=1), "a covariance needs at least 2 samples, not 1"),
@@ -104,7 +120,26 @@ def test_a_configuration_from_before_an_option_means_what_it_meant():
     run = presets.preset("lab/celeba64-unet")
     values = config.to_json(run)
     del values["min_snr_factor"], values["train"]["micro_batch"], values["train"]["also_ema_halflife_images"]
+    for option in ("grid", "grid_sections"):
+        del values["sample"][option]
     assert config.from_json(values) == run
+    assert config.sample_from_json(values["sample"]) == run.sample
+
+
+def test_a_sampler_recorded_before_grids_is_the_same_one():
+    """The first line of a record's metrics.jsonl: it has none of the later options."""
+    recorded = runs.load_run("lab/celeba64-unet")
+    assert "grid" not in recorded.metrics[0]["sample"]
+    assert config.sample_from_json(recorded.metrics[0]["sample"]) == recorded.config.sample
+    assert recorded.distances(recorded.config.sample)[0] == recorded.metrics[0]
+    even = dataclasses.replace(recorded.config.sample, sigma_max=80.0, grid="uniform")
+    assert recorded.distances(even) == []
+
+
+@pytest.mark.parametrize("sections", [(), (12, 6)])
+def test_the_uniform_grid_survives_json(sections):
+    how = Sample(sampler="ancestral", eta=1.0, grid="uniform", grid_sections=sections)
+    assert config.sample_from_json(config.sample_json(how)) == how
 
 
 def test_differences_are_named():

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from repro import files, paper, provenance
+from repro.config import Sample, sample_json
 from repro.files import ReproError
 
 
@@ -266,3 +268,30 @@ def test_a_metric_says_what_it_measures():
     del metric["features"]
     with pytest.raises(ReproError, match="the metric lacks features"):
         paper.describe_metric(metric)
+
+
+@pytest.mark.parametrize(
+    "sample, text",
+    [
+        (Sample(sigma_max=40.0), "Heun, 18 steps from σ = 40"),
+        (Sample(sampler="ancestral"), "DDIM, 18 steps from σ = 80"),
+        (Sample(sampler="dpm_solver", multistep=True), "DPM-Solver++(2M), 18 steps from σ = 80"),
+        (Sample(sampler="euler_maruyama", steps=1000), "Euler–Maruyama, 1000 steps from σ = 80"),
+        (
+            Sample(sampler="ancestral", eta=1.0, steps=250, grid="uniform", guidance=1.5),
+            "ancestral, 250 uniform timesteps, guidance 1.5",
+        ),
+        (
+            Sample(sampler="ancestral", eta=1.0, steps=50, grid="uniform", grid_sections=(40, 10)),
+            "ancestral, 40 + 10 uniform timesteps",
+        ),
+    ],
+)
+def test_a_sampler_in_a_few_words(sample, text):
+    assert paper.describe_sampler(sample_json(sample)) == text
+    assert paper.describe_sampler(asdict(sample)) == text
+
+
+def test_a_sampler_of_an_older_record_in_a_few_words():
+    old = {"sampler": "heun", "steps": 18, "sigma_max": 40.0, "eta": 0.0, "guidance": 1.0}
+    assert paper.describe_sampler(old) == "Heun, 18 steps from σ = 40"

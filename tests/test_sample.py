@@ -120,6 +120,8 @@ SAMPLERS = {
     "ddim": {"sampler": "ancestral"},
     "ancestral": {"sampler": "ancestral", "eta": 1.0},
     "euler_maruyama": {"sampler": "euler_maruyama"},
+    "ancestral on the uniform grid": {"sampler": "ancestral", "eta": 1.0, "grid": "uniform"},
+    "heun on sections": {"grid": "uniform", "grid_sections": (4, 2)},
     "guided": {"guidance": 2.0},
     "guided within an interval": {"guidance": 2.0, "guidance_interval": (0.1, 2.0)},
 }
@@ -244,6 +246,24 @@ def test_edms_18_heun_steps_ask_35_times_from_80_down_to_0_002(profile):
     assert (asked[0], asked[-1]) == (pytest.approx(80), pytest.approx(0.002))
 
 
+@pytest.mark.parametrize(
+    "options, calls",
+    [
+        ({}, 39),
+        ({"sampler": "ancestral"}, 20),
+        ({"sampler": "euler_maruyama"}, 20),
+        ({"sampler": "dpm_solver", "order": 3}, 58),
+        ({"sampler": "dpm_solver", "multistep": True}, 20),
+    ],
+)
+@pytest.mark.parametrize("grid", [{}, {"grid": "uniform"}, {"grid": "uniform", "grid_sections": (15, 5)}])
+def test_evaluations_are_the_network_calls(options, calls, grid):
+    D, how = exact(Gaussian()), config.Sample(steps=20, **options, **grid)
+    sample.sample_batch(D, how, sample.SeedNoise([0], (1, 2, 2)))
+    levels = len(schedules.grid_for(D.schedule, how)) - 1
+    assert len(D.net.calls) == sample.evaluations(how, levels) == calls
+
+
 def test_guidance_finds_the_null_class_of_a_compiled_network():
     class Compiled(torch.nn.Module):  # torch.compile keeps the network as _orig_mod
         def __init__(self, net):
@@ -349,7 +369,7 @@ def test_sampling_by_a_cuda_graph_is_sampling(precision, compiled):
     if compiled:
         D.net = runs.compiled(D.net)
     fresh = config.Sample(sampler="ancestral", steps=9, eta=1.0)  # whose noise a thread draws meanwhile
-    sde = config.Sample(sampler="euler_maruyama", steps=9)
+    sde = config.Sample(sampler="euler_maruyama", steps=9, grid="uniform")
     for how in (*recorded.config.evaluate.also, recorded.config.sample, fresh, sde):
         one, other = (
             torch.cat(

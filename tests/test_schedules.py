@@ -1,5 +1,6 @@
 """Noise levels against independent computations from the papers' formulas, in numpy."""
 
+import itertools
 import math
 import warnings
 
@@ -240,6 +241,118 @@ def test_grid_for_starts_and_ends_at_trained_levels_where_the_schedule_is_narrow
     schedule = schedules.DiscreteVP(f64([0.01, 0.1, 0.5, 2.0, 10.0]))
     grid = schedules.grid_for(schedule, config.Sample(steps=30))
     assert float(grid[0]) == 10.0 and float(grid[-2]) == 0.01 and len(grid) == 6
+
+
+# Evenly spaced timesteps
+
+
+@pytest.mark.parametrize(
+    "timesteps, sections, wanted",
+    [
+        (10, (10,), range(10)),
+        (10, (2,), [0, 9]),
+        (10, (4,), [0, 3, 6, 9]),
+        (10, (3,), [0, 4, 9]),  # 4.5 is rounded to even
+        (12, (3,), [0, 6, 11]),  # and so is 5.5
+        (10, (3, 2), [0, 2, 4, 5, 9]),
+        (11, (4, 2), [0, 2, 3, 5, 6, 10]),  # sections of 6 and 5
+        (8, (2, 2, 2), [0, 2, 3, 5, 6, 7]),  # of 3, 3 and 2
+        (300, (3, 4, 5), [0, 50, 99, 100, 133, 166, 199, 200, 225, 250, 274, 299]),
+    ],
+)
+def test_spaced_timesteps_by_hand(timesteps, sections, wanted):
+    assert schedules.spaced_timesteps(timesteps, sections).tolist() == list(wanted)
+
+
+@pytest.mark.parametrize("timesteps", [50, 1000, 4000])
+def test_one_section_is_what_diffusers_calls_linspace(timesteps):
+    """Multiplied out there and added up here, so a half, if there is one, can fall to either side."""
+    from diffusers import DDIMScheduler, DDPMScheduler  # takes seconds to import
+
+    differ = 0
+    for steps in range(2, 51):
+        ours = schedules.spaced_timesteps(timesteps, (steps,))
+        for scheduler in (DDIMScheduler, DDPMScheduler):
+            theirs = scheduler(num_train_timesteps=timesteps, timestep_spacing="linspace")
+            theirs.set_timesteps(steps)
+            apart = (ours - theirs.timesteps.flip(0)).abs()
+            exact = np.arange(steps) * (timesteps - 1) * 2  # half timesteps, times steps - 1
+            half = (exact % (steps - 1) == 0) & (exact // (steps - 1) % 2 == 1)
+            assert (apart <= torch.from_numpy(half)).all()
+            differ += int(apart.sum())
+    assert differ < 20
+
+
+def test_a_half_falls_where_adding_up_takes_it_as_in_adm():
+    """10 strides of 999 / 20 are 499.5, which is rounded to 500; added up, they are a little less."""
+    *_, added_up = itertools.accumulate([999 / 20] * 10)  # `sum` would correct for rounding
+    assert 10 * (999 / 20) == 499.5 and added_up < 499.5
+    assert schedules.spaced_timesteps(1000, (21,))[10] == 499
+
+
+@st.composite
+def sectioned(draw):
+    """A number of timesteps, and sections that fit into it."""
+    sections = draw(st.lists(st.integers(2, 40), min_size=1, max_size=6))
+    return draw(st.integers(len(sections) * max(sections), 1000)), tuple(sections)
+
+
+@quick
+@given(sectioned())
+def test_spaced_timesteps_are_evenly_spaced_in_each_section(case):
+    timesteps, sections = case
+    visited = schedules.spaced_timesteps(timesteps, sections).numpy()
+    assert len(visited) == sum(sections) and (np.diff(visited) > 0).all()
+    assert (visited[0], visited[-1]) == (0, timesteps - 1)
+    whole = np.array_split(np.arange(timesteps), len(sections))  # the first ones longer, too
+    for section, own in zip(whole, np.split(visited, np.cumsum(sections)[:-1]), strict=True):
+        ideal = np.linspace(section[0], section[-1], len(own))
+        np.testing.assert_allclose(own, ideal, atol=0.5 + 1e-6)
+
+
+@quick
+@given(sectioned(), st.sampled_from([schedules.cosine_vp, schedules.linear_vp]))
+def test_the_uniform_grid_goes_over_trained_levels_from_the_largest_to_the_smallest_and_to_0(case, make):
+    timesteps, sections = case
+    schedule = make(max(timesteps, 30))
+    grid = schedules.uniform_grid(schedule, sections)
+    assert len(grid) == sum(sections) + 1 and grid.dtype == torch.float64
+    assert (grid.diff() < 0).all() and grid[-1] == 0
+    assert (grid[0], grid[-2]) == (schedule.sigma_max, schedule.sigma_min)
+    assert set(grid[:-1].tolist()) <= set(schedule.sigmas.tolist())
+    how = config.Sample(
+        grid="uniform", steps=sum(sections), grid_sections=sections if len(sections) > 1 else ()
+    )
+    assert torch.equal(schedules.grid_for(schedule, how), grid)
+    assert len(grid) == len(schedules.grid_for(schedule, how).unique())
+
+
+def test_a_network_is_told_the_timesteps_of_the_uniform_grid():
+    for schedule in VP.values():
+        grid = schedules.grid_for(schedule, config.Sample(grid="uniform", steps=20))
+        told = schedule.network_time(grid[:-1])
+        assert torch.equal(told.flip(0), schedules.spaced_timesteps(len(schedule.sigmas), (20,)).float())
+        every = schedules.grid_for(schedule, config.Sample(grid="uniform", steps=len(schedule.sigmas)))
+        assert torch.equal(every[:-1].flip(0), schedule.sigmas)
+
+
+@pytest.mark.parametrize(
+    "timesteps, sections, message",
+    [
+        (10, (11,), "a section of 10 of the 10 timesteps cannot have 11 steps"),
+        (10, (2, 6), "a section of 5 of the 10 timesteps cannot have 6 steps"),
+        (10, (2, 1), r"at least 2 steps; got \(2, 1\)"),
+        (10, (), r"at least 2 steps; got \(\)"),
+    ],
+)
+def test_timesteps_that_cannot_be_spaced_are_refused(timesteps, sections, message):
+    with pytest.raises(ValueError, match=message):
+        schedules.spaced_timesteps(timesteps, sections)
+
+
+def test_edm_has_no_timesteps_to_space():
+    with pytest.raises(ValueError, match="needs a schedule of counted steps, not edm; use the grid karras"):
+        schedules.grid_for(schedules.EDM(), config.Sample(grid="uniform"))
 
 
 # By configuration
