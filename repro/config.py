@@ -157,6 +157,9 @@ class Sample:
     """Of dpm_solver, which has 2 by default."""
     multistep: bool = False
     """Of dpm_solver: take what a step needs besides one network call from the steps before."""
+    clip: bool = False
+    """Clip each denoised image to [-1, 1], as DDPM and ADM do; not for latents. What an epsilon-network needs
+    on the uniform grid, which starts at the largest trained noise level."""
     guidance: float = 1.0
     """Classifier-free guidance scale; 1 is off and costs one network call."""
     guidance_interval: tuple[float, float] | None = None

@@ -41,6 +41,21 @@ def cfg(denoise: LabelledDenoiser, scale: float, null_label: int | None) -> Labe
     return guided
 
 
+def clip(denoise: LabelledDenoiser) -> LabelledDenoiser:
+    """D clipped to [-1, 1], the range of pixels: `clip_denoised` of ADM's code, the default there.
+
+    An epsilon-network's error is multiplied by sigma in D. Schedules of counted steps go up to a sigma of
+    20,000 (`cosine_vp` of 1000 steps), where D without this is far outside of what images are.
+    """
+
+    def clipped(
+        x: Float[Tensor, "n c h w"], sigma: Float[Tensor, " *n"], labels: Int[Tensor, " n"] | None
+    ) -> Float[Tensor, "n c h w"]:
+        return denoise(x, sigma, labels).clamp(-1, 1)
+
+    return clipped
+
+
 def classifier(
     denoise: LabelledDenoiser, log_probabilities: Callable[[Tensor, Tensor], Tensor], scale: float
 ) -> LabelledDenoiser:

@@ -310,6 +310,8 @@ def describe_sampler(sample: dict) -> str:
     guidance = "" if sample["guidance"] == 1 else f", guidance {sample['guidance']:g}"
     if sample.get("classifier"):
         guidance += f", classifier {sample['classifier']} × {sample['classifier_scale']:g}"
+    if sample.get("clip"):
+        guidance = f", clipped{guidance}"
     if sample.get("grid") == "uniform":
         steps = " + ".join(str(n) for n in sample["grid_sections"] or [sample["steps"]])
         return f"{name}, {steps} uniform timesteps{guidance}"

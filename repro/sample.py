@@ -105,6 +105,8 @@ def guided(denoiser: Denoiser, sample: config.Sample) -> guidance.LabelledDenois
     inside = guidance.cfg(denoiser, sample.guidance, null_label)
     if sample.guidance_interval is not None and sample.guidance != 1:
         inside = guidance.interval(inside, denoiser, *sample.guidance_interval)
+    if sample.clip:  # before the classifier, as ADM does
+        inside = guidance.clip(inside)
     if sample.classifier is None:
         return inside
     from repro import runs  # which imports this module

@@ -100,6 +100,7 @@ def euler_maruyama(
     D + (s'/s)^2 (x - D) + sqrt(s^2 - s'^2) n. All of these, and `ancestral` with eta = 1, agree in the limit
     of small b, and err by O(b) in mean and variance. It needs many steps: where noise dominates, z' is
     (1 - b / 2) z + sqrt(b) n, which grows for b > 4; the first of all 1000 steps of `cosine_vp` has b = 6.9.
+    A network does not answer so far out as the score would: there D must be clipped (`guidance.clip`).
     """
     _check(sigmas, 0.0, fresh_noise)
     x, sigmas = x.double(), sigmas.double()

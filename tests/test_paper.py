@@ -278,8 +278,8 @@ def test_a_metric_says_what_it_measures():
         (Sample(sampler="dpm_solver", multistep=True), "DPM-Solver++(2M), 18 steps from σ = 80"),
         (Sample(sampler="euler_maruyama", steps=1000), "Euler–Maruyama, 1000 steps from σ = 80"),
         (
-            Sample(sampler="ancestral", eta=1.0, steps=250, grid="uniform", guidance=1.5),
-            "ancestral, 250 uniform timesteps, guidance 1.5",
+            Sample(sampler="ancestral", eta=1.0, steps=250, grid="uniform", guidance=1.5, clip=True),
+            "ancestral, 250 uniform timesteps, clipped, guidance 1.5",
         ),
         (
             Sample(sampler="ancestral", eta=1.0, steps=50, grid="uniform", grid_sections=(40, 10)),

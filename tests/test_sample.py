@@ -264,6 +264,30 @@ def test_evaluations_are_the_network_calls(options, calls, grid):
     assert len(D.net.calls) == sample.evaluations(how, levels) == calls
 
 
+def test_clipping_reaches_the_sampler_and_keeps_each_denoised_image_within_its_range():
+    D, how = exact(Mixture((-1.5, 0.4, 1.5))), config.Sample(steps=6, guidance=2.0, clip=True)
+    labels = torch.tensor([0, 2, 1])
+    x, sigma = torch.zeros(3, 2, 4, 4, dtype=torch.float64), torch.tensor(0.3, dtype=torch.float64)
+    plain = sample.guided(D, dataclasses.replace(how, clip=False))(x, sigma, labels)
+    assert plain.abs().max() > 1
+    assert torch.equal(sample.guided(D, how)(x, sigma, labels), plain.clamp(-1, 1))
+    drawn = [images_of(range(3), D=D, sample=dataclasses.replace(how, clip=clip)) for clip in (False, True)]
+    assert not torch.equal(*drawn)
+
+
+def test_clipping_makes_up_for_an_error_of_epsilon_at_large_noise():
+    """Errors of 0.05 in epsilon are 1,000 in D at the uniform grid's start. ADM's network is clipped, too."""
+    data, schedule = Gaussian(0.3, 0.1), schedules.cosine_vp()
+    net = ExactNet(data, "eps", schedule.sigmas)
+    net.register_forward_hook(lambda _, inputs, out: out.clamp(-3, 3) + 0.05)
+    D = denoiser.Denoiser(net, schedule, denoiser.EPS)
+    ends = {}
+    for clip in (False, True):
+        how = config.Sample(sampler="ancestral", eta=1.0, steps=50, grid="uniform", clip=clip)
+        ends[clip] = sample.sample_batch(D, how, sample.SeedNoise(range(50), (1, 2, 2)))
+    assert (ends[True] - 0.3).abs().mean() < 0.2 < 1 < (ends[False] - 0.3).abs().mean()
+
+
 def test_guidance_finds_the_null_class_of_a_compiled_network():
     class Compiled(torch.nn.Module):  # torch.compile keeps the network as _orig_mod
         def __init__(self, net):
@@ -369,7 +393,7 @@ def test_sampling_by_a_cuda_graph_is_sampling(precision, compiled):
     if compiled:
         D.net = runs.compiled(D.net)
     fresh = config.Sample(sampler="ancestral", steps=9, eta=1.0)  # whose noise a thread draws meanwhile
-    sde = config.Sample(sampler="euler_maruyama", steps=9, grid="uniform")
+    sde = config.Sample(sampler="euler_maruyama", steps=9, grid="uniform", clip=True)
     for how in (*recorded.config.evaluate.also, recorded.config.sample, fresh, sde):
         one, other = (
             torch.cat(
