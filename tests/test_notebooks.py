@@ -118,7 +118,8 @@ def made_up_arm(folder, arm, suffix, scale, error, guided=True, starts=None):
             block = max(0, line["first_seed"] - 2_000_000) // line["samples"]  # 0, 1, 2: 1% apart
             line = {**line, "value": 300 * (line["images"] / 1e6 / scale) ** -0.8 * np.exp(0.01 * block)}
             for start, value in starts.items():
-                lower = {**line, "sample": {**line["sample"], "sigma_max": start}, "value": value}
+                change = {"clip": True} if start == "clipped" else {"sigma_max": start}
+                lower = {**line, "sample": {**line["sample"], **change}, "value": value}
                 files.append_line(folder / name / "metrics.jsonl", lower)
         elif "errors" in line:
             line = {**line, "errors": [error] * len(line["errors"])}
@@ -133,7 +134,7 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
         made_up_arm(folder, "x0-minsnr5", suffix, luck, 0.1)
         made_up_arm(folder, "x0-constant", suffix, 1.5 / luck, 0.2)
     made_up_arm(folder, "x0-minsnr5", "-again", 1.02, 0.1)
-    made_up_arm(folder, "eps-minsnr5", "", 1.0, 0.1, starts={40.0: 90.0, 20.0: 80.0})
+    made_up_arm(folder, "eps-minsnr5", "", 1.0, 0.1, starts={40.0: 90.0, 20.0: 80.0, "clipped": 85.0})
     made_up_arm(folder, "v-minsnr5", "", 2.0, 0.1, starts={40.0: 90.0})
     made_up_arm(folder, "eps-constant", "", 1.01, 0.1)
     made_up_arm(folder, "v-constant", "", 1.0, 0.1)
@@ -172,7 +173,9 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
     expected = {"clipped at 1": last[0], "not clipped": last[1], "mean gradient norm, not clipped": 6.0}
     assert values["clipping"]["x0-snr"] == pytest.approx(expected, rel=1e-4)
     end = values["last_distance"]["unguided"]["eps-minsnr5"][0]  # of the other, not all was measured
-    assert values["starts"] == {"eps-minsnr5": {"from σ = 80": end, "from σ = 40": 90.0, "from σ = 20": 80.0}}
+    assert values["starts"] == {
+        "eps-minsnr5": {"from σ = 80": end, "from σ = 40": 90.0, "from σ = 20": 80.0, "clipped": 85.0}
+    }
     assert values["noise"]["sampling_seeds"] == pytest.approx(0.01, rel=1e-4)
 
 
