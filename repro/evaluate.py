@@ -647,7 +647,8 @@ def against_training_images(
     Both change with the numbers of points, so equally many are taken of each: the first generated ones, and
     of the training images (not mirrored) two interleaved sets, spread evenly over their order, which is by
     class. Both the generated and the second set are held against the first, so what the second scores,
-    `real_halves`, is what a perfect network would; copies of training images score well too. Gives their
+    `real_halves`, is what a perfect network of images as they are would; one trained on mirrored images too
+    scores less, and copies of training images score well. Gives their
     number as `real`. Raises `ReproError` where the prepared data do not have `fingerprint`, and for too few
     images.
     """

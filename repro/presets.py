@@ -351,7 +351,8 @@ _paper_imagenet64_vit = Config(
     ),
     note="Figure 10's settings: ViT-Large, its sampler and betas by the supplement; target, learning rate, "
     "weight decay, label drop, average and guidance as in the authors' released code. Ours: batch and "
-    "iterations, which the supplement leaves to the paper (here its UNet's); bfloat16; clipped gradients.",
+    "iterations, which the supplement leaves to the paper (here its UNet's; the released script's batch is "
+    "256); bfloat16; clipped gradients.",
 )
 
 _paper_imagenet64_unet = replace(

@@ -318,14 +318,19 @@ class Run:
     def of_the_same_samples(self, line: dict) -> list[dict]:
         """Lines of metrics.jsonl that were measured of the samples of `line`, one of them, in their order.
 
-        From the same weights, sampler and first seed, on the same features; of all samples or the first ones.
+        From the same weights, sampler and first seed, on the same features; of all samples or the first ones,
+        with the largest number last.
         """
 
         def samples(line: dict) -> tuple:
             keys = ("images", "ema_halflife_images", "first_seed", "features", "precision", "classifier")
             return config.sample_from_json(line["sample"]), *map(line.get, keys)
 
-        return [other for other in self.metrics if "sample" in other and samples(other) == samples(line)]
+        same = [other for other in self.metrics if "sample" in other and samples(other) == samples(line)]
+        return sorted(
+            (other for other in same if other["samples"] <= line["samples"]),
+            key=lambda other: other["samples"],
+        )
 
     def blocks(self, how: config.Sample) -> list[float]:
         """Distances at the end of training, of other blocks of as many sample seeds than the run's own.

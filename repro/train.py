@@ -686,13 +686,14 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
                     torch.distributed.all_reduce(loss)
                 loss = float(loss) / place.world
                 speed = (images - logged_images) / (time.perf_counter() - logged_at)
-                if not math.isfinite(loss):
-                    raise ReproError(
-                        f"the loss is {loss} at {images:,} images; {out} is as it was at the last state. "
-                        f"Lower train.lr or use train.precision fp32, and start in a new folder."
-                    )
                 norm, clipped = (trainer.norms / len(losses)).tolist()
                 trainer.norms.zero_()
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise ReproError(
+                        f"the loss is {loss} at {images:,} images (the gradient's norm {norm}); "
+                        f"{out} is as it was at the last state. "
+                        f"Lower train.lr or use train.precision fp32, and start in a new folder."
+                    )
                 line = {
                     "images": images,
                     "loss": loss,

@@ -275,7 +275,7 @@ def test_lines_of_the_same_samples(root):
     loss = {"name": "loss on training images", "images": 8, "value": 1.0}
     for one in (older, *others, line, loss, fewer):
         files.append_line(root / NAME / "metrics.jsonl", one)
-    assert load(root).of_the_same_samples(line) == [older, line, fewer]
+    assert load(root).of_the_same_samples(line) == [fewer, older, line]
     assert load(root).of_the_same_samples(others[0]) == [others[0]]
 
 

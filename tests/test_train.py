@@ -557,7 +557,9 @@ def test_the_average_is_the_recursion_written_out(home):
 
 @pytest.mark.parametrize("clip", [None, 1e-3, 1e9])
 def test_the_log_tells_how_large_gradients_are_and_how_many_are_clipped(home, clip):
-    run = change(RUN, grad_clip=clip, images=8, warmup_images=0, lr=1e-30, weight_decay=0.0)
+    run = change(
+        RUN, grad_clip=clip, images=8, warmup_images=0, lr=1e-30, weight_decay=0.0, log_every_images=8
+    )
     trainer = train.Trainer(run, CPU)
     batches = train.Batches(data.load("drawn"), np.arange(10), run.train, CPU)
     norms = []
@@ -569,9 +571,9 @@ def test_the_log_tells_how_large_gradients_are_and_how_many_are_clipped(home, cl
         gradients = torch.autograd.grad(loss, trainer.parameters, allow_unused=True)
         norms.append(math.sqrt(sum(float(g.double().square().sum()) for g in gradients if g is not None)))
     folder = train.train(run, home / "run", "cpu", grid=(1, 1))
-    lines = files.read_lines(folder / "log.jsonl")
-    assert [line["gradient_norm"] for line in lines] == pytest.approx(norms, rel=1e-4)
-    assert [line["clipped"] for line in lines] == [clip == 1e-3] * 2
+    (line,) = files.read_lines(folder / "log.jsonl")
+    assert line["gradient_norm"] == pytest.approx(np.mean(norms), rel=1e-4)
+    assert line["clipped"] == (clip == 1e-3)
 
 
 STEADY = change(EVALUATED, ema_rampup=None)
@@ -905,7 +907,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(home, mon
         return loss * float("nan") if self.step > 7 else loss
 
     monkeypatch.setattr(train.Trainer, "train_step", broken)
-    with pytest.raises(ReproError, match="the loss is nan at 32 images; .* is as it was at the last state"):
+    with pytest.raises(ReproError, match="the loss is nan at 32 images .* is as it was at the last state"):
         train.train(RUN, folder, "cpu")
     assert _about(folder)["step"] == 6
 
