@@ -68,15 +68,15 @@ def speed_up(
     """
     if not 0 < confidence < 1:
         raise ReproError(f"confidence must lie in (0, 1), not {confidence}")
-    logs = [np.log([images_to_reach(curve, target) for curve in ways[way]]) for way in (fast, slow)]
-    if not all(np.isfinite(values).all() for values in logs):
+    reached = {way: [images_to_reach(curve, target) for curve in ways[way]] for way in (fast, slow)}
+    if not all(np.isfinite(images).all() for images in reached.values()):
         return None
+    logs = [np.log(images) for images in reached.values()]
     difference = float(logs[1].mean() - logs[0].mean())
     half = math.inf
     if all(len(values) > 1 for values in logs):
         freedom = sum(len(values) - 1 for values in logs)
-        deviation = math.sqrt(sum(((values - values.mean()) ** 2).sum() for values in logs) / freedom)
-        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * deviation
+        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * pooled_deviation(reached)
         half *= math.sqrt(1 / len(logs[0]) + 1 / len(logs[1]))
     verdict = "undecided" if abs(difference) <= half else "faster" if difference > 0 else "slower"
     low, ratio, high = (float(np.exp(value)) for value in (difference - half, difference, difference + half))

@@ -387,6 +387,11 @@ def features_of(
         yield network(batch).float()
 
 
+def all_features(network: nn.Module, images: np.ndarray, device: str | torch.device) -> Float[Tensor, "n d"]:
+    """Features of uint8 images [n, 3, h, w] of any number, float32 on `device`."""
+    return torch.cat(list(features_of(network, batches(images, 250, device))))
+
+
 # Evaluations of a run -------------------------------------------------------------------------------
 
 
@@ -611,7 +616,7 @@ def nearest_training_images(
         if run.data.flip:
             bank.append(network(images.flip(3)).float())
     bank = torch.cat(bank)
-    apart = torch.cat([network(images).float() for images in batches(real.images[held_out], 250, device)])
+    apart = all_features(network, real.images[held_out], device)
 
     def to_nearest(features: Tensor) -> Tensor:
         return torch.cat([torch.cdist(part, bank).amin(1) for part in features.split(500)]).double().cpu()
@@ -648,9 +653,8 @@ def against_training_images(
     of the training images (not mirrored) two interleaved sets, spread evenly over their order, which is by
     class. Both the generated and the second set are held against the first, so what the second scores,
     `real_halves`, is what a perfect network of images as they are would; one trained on mirrored images too
-    scores less, and copies of training images score well. Gives their
-    number as `real`. Raises `ReproError` where the prepared data do not have `fingerprint`, and for too few
-    images.
+    scores less, and copies of training images score well. Gives their number as `real`. Raises `ReproError`
+    where the prepared data do not have `fingerprint`, and for too few images.
     """
     real = load_same(run.data.name, fingerprint)
     train, _ = data.holdout_split(len(real.images), run.data.holdout)
@@ -661,10 +665,7 @@ def against_training_images(
             f"images; there are {len(generated)} and {len(train)}"
         )
     chosen = train[np.arange(2 * count) * len(train) // (2 * count)]
-    one, other = (
-        torch.cat([network(images).float() for images in batches(real.images[half], 250, device)])
-        for half in (chosen[::2], chosen[1::2])
-    )
+    one, other = (all_features(network, real.images[half], device) for half in (chosen[::2], chosen[1::2]))
     values = precision_recall(one, generated[:count].to(device), k, device)
     halves = precision_recall(one, other, k, device)
     return [

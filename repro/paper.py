@@ -18,7 +18,7 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -28,6 +28,7 @@ import pandas
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from PIL import Image
 
 from repro import files, provenance
@@ -134,6 +135,46 @@ def name_images(
         text = textwrap.fill(name, 14, break_long_words=False)
         ax.text(left + side / 2, top + side + 1, text, size=size, ha="center", va="top", linespacing=1)
     return ax
+
+
+def show_rows(rows: Mapping[str, np.ndarray], columns: int) -> Figure:
+    """A page-wide figure of the first `columns` images of each of `rows`, by what is written above the row.
+
+    Images are as in `image_grid`.
+    """
+    fig, axes = plt.subplots(
+        len(rows), 1, figsize=figure_size("page", 1.3 * len(rows) / columns), squeeze=False
+    )
+    for ax, (title, images) in zip(axes[:, 0], rows.items(), strict=True):
+        show_image(ax, image_grid(images, 1, columns))
+        ax.set_title(title, loc="left", fontsize=6, pad=2)
+    return fig
+
+
+def draw_band(
+    ax: Axes,
+    images: np.ndarray,
+    middle: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    line: str,
+    colour: str,
+    width: float,
+    label: str,
+) -> Line2D:
+    """Draw distances over images seen, in millions, and between `low` and `high` a band; returns the line.
+
+    The y axis becomes logarithmic, with plain numbers. `compare.band` gives the four arrays, of one length.
+    """
+    (drawn,) = ax.plot(images / 1e6, middle, line, color=colour, lw=width, label=label)
+    ax.plot(images / 1e6, middle, "o", color=colour, ms=2.5)
+    if (low < high).any():
+        ax.fill_between(images / 1e6, low, high, color=colour, alpha=0.25, lw=0)
+    ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.tick_params(axis="y", which="minor", labelsize=5)
+    return drawn
 
 
 # Saving ---------------------------------------------------------------------------------------------

@@ -81,6 +81,23 @@ _paper_celeba64_unet = replace(
 
 _imagenet64_subset = Data("imagenet64-subset", classes=20)
 
+
+def _log_spaced(images: int) -> tuple[int, ...]:
+    """Eight numbers of images seen, the last `images`, each the one before times the root of 2."""
+    return tuple(round(images / 2 ** (n / 2)) for n in range(7, -1, -1))
+
+
+def _further(run: Config, suffix: str, told: str = "", **changes: object) -> Config:
+    """The same training with these options of `Train`, by another name and recorded without weights."""
+    return replace(
+        run,
+        name=f"{run.name}{suffix}",
+        train=replace(run.train, **changes),
+        record_weights=False,
+        note=f"{run.note.removesuffix('.')}{told}. Its weights are not recorded.",
+    )
+
+
 _lab_imagenet64_classifier = Config(
     name="lab/imagenet64-classifier",
     data=_imagenet64_subset,
@@ -157,7 +174,7 @@ _lab_arm = Config(
     ),
     sample=Sample("dpm_solver", order=2, multistep=True, steps=20),  # the supplement states no order or steps
     evaluate=Evaluate(
-        at=tuple(round(2_000_000 / 2 ** (n / 2)) for n in range(7, -1, -1)),
+        at=_log_spaced(2_000_000),
         also=(
             Sample(
                 "dpm_solver",
@@ -200,46 +217,45 @@ _paper_arm = replace(
 def _arms() -> list[Config]:
     """Every arm of Figure 1 in the order of training: each once, repeats, more seeds, without clipping."""
 
-    def arm(base: Config, name: str, suffix: str = "", seed: int = 0) -> Config:
-        told = {"-again": ", trained again from the same seed", "-unclipped": ", without gradient clipping"}
+    def arm(base: Config, name: str) -> Config:
         target, weight = ARMS[name]
         note = "Figure 1" if name in SEEDED else "Beside Figure 1"
         note += f": {target}-prediction, {weight.name} weight"
         note += f" (gamma {weight.gamma:g})" if weight.gamma else ""
         return replace(
             base,
-            name=f"{base.name.removesuffix('arm')}{name}{suffix}",
+            name=f"{base.name.removesuffix('arm')}{name}",
             parameterization=target,
             weight=weight,
-            train=replace(
-                base.train, seed=seed, grad_clip=None if suffix == "-unclipped" else base.train.grad_clip
-            ),
-            record_weights=not suffix,
-            note=f"{note}{told.get(suffix, '')}.{' Its weights are not recorded.' if suffix else ''}",
+            note=f"{note}.",
         )
 
-    lab = [arm(_lab_arm, name) for name in ARMS]
-    lab += [arm(_lab_arm, name, "-again") for name in REPEATED]
-    lab += [arm(_lab_arm, name, f"-seed{seed}", seed) for seed in (1, 2) for name in SEEDED]
-    lab += [arm(_lab_arm, name, "-unclipped") for name in UNCLIPPED]
-    return lab + [arm(_paper_arm, name) for name in ARMS]
+    lab = {name: arm(_lab_arm, name) for name in ARMS}
+    further = [_further(lab[name], "-again", ", trained again from the same seed") for name in REPEATED]
+    further += [_further(lab[name], f"-seed{seed}", seed=seed) for seed in (1, 2) for name in SEEDED]
+    further += [
+        _further(lab[name], "-unclipped", ", without gradient clipping", grad_clip=None) for name in UNCLIPPED
+    ]
+    return [*lab.values(), *further, *(arm(_paper_arm, name) for name in ARMS)]
 
 
 # Figure 2 (supplement, section 4.1.1): Min-SNR inside EDM on ImageNet 64 x 64 ----------------------------
 
+_adm = UNet(
+    channels=192,
+    multipliers=(1, 2, 3, 4),
+    blocks=3,
+    attention=(32, 16, 8),
+    heads=None,
+    head_channels=64,
+    dropout=0.1,
+)
+"""ADM's network for 64 x 64 (Dhariwal and Nichol 2021)."""
+
 _paper_edm = Config(
     name="paper/imagenet64-edm",
     data=Data("imagenet64", classes=1000, flip=False),
-    model=UNet(
-        channels=192,
-        multipliers=(1, 2, 3, 4),
-        blocks=3,
-        attention=(32, 16, 8),
-        heads=None,
-        head_channels=64,
-        dropout=0.1,
-        null_class=False,
-    ),
+    model=replace(_adm, null_class=False),
     train=Train(
         images=2_500_000_000,
         batch=4096,
@@ -288,7 +304,7 @@ _lab_edm = replace(
         cuda_graphs=True,
         state_every_images=4_000_000,
     ),
-    evaluate=Evaluate(at=tuple(round(4_000_000 / 2 ** (n / 2)) for n in range(7, -1, -1)), levels=40),
+    evaluate=Evaluate(at=_log_spaced(4_000_000), levels=40),
     note="Figure 2's baseline at lab scale: EDM with a small ADM UNet on 20 classes. Besides sizes, data and "
     "learning rate, what differs from the paper preset are dropout 0.05, mirrored images, and an EMA ramp-up "
     "of 0.1, not 0.05.",
@@ -309,16 +325,7 @@ def _minsnr(base: Config, gamma: float) -> Config:
 def _edm_runs() -> list[Config]:
     """Both arms of Figure 2, a second seed of the two, and other gammas beside them."""
     pair = [_lab_edm, _minsnr(_lab_edm, 5.0)]
-    again = [
-        replace(
-            run,
-            name=f"{run.name}-seed1",
-            train=replace(run.train, seed=1),
-            record_weights=False,
-            note=f"{run.note} Its weights are not recorded.",
-        )
-        for run in pair
-    ]
+    again = [_further(run, "-seed1", seed=1) for run in pair]
     beside = [_minsnr(_lab_edm, gamma) for gamma in (1.0, 20.0)]
     return [*pair, *again, *beside, _paper_edm, _minsnr(_paper_edm, 5.0)]
 
@@ -358,15 +365,7 @@ _paper_imagenet64_vit = Config(
 _paper_imagenet64_unet = replace(
     _paper_imagenet64_vit,
     name="paper/imagenet64-unet",
-    model=UNet(
-        channels=192,
-        multipliers=(1, 2, 3, 4),
-        blocks=3,
-        attention=(32, 16, 8),
-        heads=None,
-        head_channels=64,
-        dropout=0.1,
-    ),
+    model=_adm,
     train=replace(_paper_imagenet64_vit.train, betas=(0.9, 0.999)),
     note="Figure 11's settings: ADM's network, 900K iterations of 1024 images, betas and sampler by the "
     "supplement, ADM's dropout. Ours: the rest as for the ViT of Figure 10, guidance too, where the "
@@ -393,7 +392,7 @@ _lab_imagenet64_vit = replace(
     ),
     sample=replace(_guided, sigma_max=40.0),  # not 80, for the reason given at lab/celeba64-unet
     evaluate=Evaluate(
-        at=tuple(round(16_000_000 / 2 ** (n / 2)) for n in range(7, -1, -1)),
+        at=_log_spaced(16_000_000),
         also=(Sample(steps=20, sigma_max=40.0),),
         levels=40,
     ),

@@ -291,16 +291,11 @@ class Run:
         first seed and precision; of several at the same number of images, the last. Raises `ReproError` where
         classifiers of different weights guided them, and where the run keeps no such average.
         """
-        own, average = self.config, self.further_average(ema)
-        samples = samples or own.evaluate.samples
+        own = self.config.evaluate.first_seed
         last = {
             line["images"]: line
-            for line in self.metrics
-            if line["name"].startswith(("FD", "FID"))
-            and line.get("ema_halflife_images") == average
-            and (config.sample_from_json(line["sample"]), line["samples"]) == (how, samples)
-            and (line["features"], line["first_seed"], line["precision"])
-            == (own.evaluate.features, own.evaluate.first_seed, own.train.precision)
+            for line in self._measured(how, samples or self.config.evaluate.samples, ema)
+            if line["first_seed"] == own
         }
         guides = {json.dumps(line.get("classifier"), sort_keys=True) for line in last.values()}
         if len(guides) > 1:
@@ -316,10 +311,9 @@ class Run:
         return [line["images"] for line in lines], [line["value"] for line in lines]
 
     def of_the_same_samples(self, line: dict) -> list[dict]:
-        """Lines of metrics.jsonl that were measured of the samples of `line`, one of them, in their order.
+        """Lines of metrics.jsonl measured of the samples of `line`, one of them, or of the first of these.
 
-        From the same weights, sampler and first seed, on the same features; of all samples or the first ones,
-        with the largest number last.
+        From the same weights, sampler and first seed, on the same features; by their number, ascending.
         """
 
         def samples(line: dict) -> tuple:
@@ -339,23 +333,27 @@ class Run:
         --blocks 3`). Of the main average, by first seed; of a block measured twice the last line, and of
         blocks that share seeds the first.
         """
-        own = self.config
-        first_seeds, values = [own.evaluate.first_seed], {}
-        for line in self.metrics:
-            if (
-                line["name"].startswith(("FD", "FID"))
-                and "ema_halflife_images" not in line
-                and (config.sample_from_json(line["sample"]), line["images"]) == (how, self.record.images)
-                and (line["samples"], line["features"], line["precision"])
-                == (own.evaluate.samples, own.evaluate.features, own.train.precision)
-            ):
-                first = line["first_seed"]
-                if first not in values:
-                    if any(abs(first - other) < own.evaluate.samples for other in first_seeds):
-                        continue
-                    first_seeds.append(first)
+        own = self.config.evaluate
+        first_seeds, values = [own.first_seed], {}
+        for line in self._measured(how, own.samples, None):
+            first = line["first_seed"]
+            shares = any(abs(first - other) < own.samples for other in first_seeds)
+            if line["images"] == self.record.images and (first in values or not shares):
+                first_seeds.append(first)
                 values[first] = line["value"]
         return [values[first] for first in sorted(values)]
+
+    def _measured(self, how: config.Sample, samples: int, ema: float | None) -> list[dict]:
+        """Lines that are Fréchet distances of so many images from any seed, as `distances` describes."""
+        own, average = self.config, self.further_average(ema)
+        return [
+            line
+            for line in self.metrics
+            if line["name"].startswith(("FD", "FID"))
+            and line.get("ema_halflife_images") == average
+            and (config.sample_from_json(line["sample"]), line["samples"]) == (how, samples)
+            and (line["features"], line["precision"]) == (own.evaluate.features, own.train.precision)
+        ]
 
     @property
     def finished(self) -> bool:

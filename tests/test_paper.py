@@ -295,3 +295,27 @@ def test_a_sampler_in_a_few_words(sample, text):
 def test_a_sampler_of_an_older_record_in_a_few_words():
     old = {"sampler": "heun", "steps": 18, "sigma_max": 40.0, "eta": 0.0, "guidance": 1.0}
     assert paper.describe_sampler(old) == "Heun, 18 steps from σ = 40"
+
+
+def test_a_band_is_drawn_where_seeds_differ():
+    fig, ax = plt.subplots()
+    images, middle = np.array([1e6, 2e6]), np.array([30.0, 10.0])
+    line = paper.draw_band(ax, images, middle, middle, middle, "--", "red", 2.0, "one seed")
+    assert not ax.collections
+    np.testing.assert_array_equal(line.get_xydata(), [[1, 30], [2, 10]])
+    assert (line.get_linestyle(), line.get_color(), line.get_label()) == ("--", "red", "one seed")
+    paper.draw_band(ax, images, middle, middle / 2, middle * 2, "-", "blue", 2.0, "seeds")
+    (band,) = ax.collections
+    edges = band.get_paths()[0].get_extents()
+    assert (edges.ymin, edges.ymax) == (5, 60) and ax.get_yscale() == "log"
+    plt.close(fig)
+
+
+def test_rows_of_images_stand_beneath_their_names():
+    shades = {name: np.full((3, 8, 8, 3), shade, np.uint8) for name, shade in (("a", 10), ("b", 200))}
+    fig = paper.show_rows(shades, columns=2)
+    assert [ax.get_title(loc="left") for ax in fig.axes] == ["a", "b"]
+    for ax, (images, *_) in zip(fig.axes, shades.values(), strict=True):
+        shown = np.asarray(ax.images[0].get_array())
+        np.testing.assert_array_equal(shown, paper.image_grid(np.repeat(images[None], 2, 0), 1, 2))
+    plt.close(fig)
