@@ -56,31 +56,52 @@ class SpeedUp:
 
 
 def speed_up(
-    ways: Mapping[str, Sequence[Curve]], fast: str, slow: str, target: float, confidence: float = 0.95
+    ways: Mapping[str, Sequence[Curve]],
+    fast: str,
+    slow: str,
+    target: float,
+    confidence: float = 0.95,
+    paired: bool = False,
 ) -> SpeedUp | None:
     """Images that `slow` needs over those that `fast` needs, to reach `target` (geometric means of seeds).
 
-    The interval is Student's t, with the spread of ln(images) over seeds pooled over the two. Seeds count as
-    independent: where both share what a seed decides, such as the order of the data, it is wider than it need
-    be. Where either has one seed, nothing is known of it (how much a time varies depends on how flat the
-    curve is, so others' spread says little): it goes from 0 to infinity, and the verdict is `undecided`. None
-    where either does not reach the target with every seed, or was there at its first measurement.
+    The interval is Student's t on ln(images): Welch's, for seeds that are independent and ways that may vary
+    differently; or `paired`, of the differences between curves of one place in their lists, for ways that
+    share what a seed decides, such as the order of the data. Where either has one seed, nothing is known
+    (how much a time varies depends on how flat the curve is, so others' spread says little): it goes from 0
+    to infinity, and the verdict is `undecided`. None where either does not reach the target with every seed,
+    or was there at its first measurement. Raises `ReproError` for a confidence outside (0, 1), and for pairs
+    of unequal lists.
     """
     if not 0 < confidence < 1:
         raise ReproError(f"confidence must lie in (0, 1), not {confidence}")
-    reached = {way: [images_to_reach(curve, target) for curve in ways[way]] for way in (fast, slow)}
-    if not all(np.isfinite(images).all() for images in reached.values()):
+    if paired and len(ways[fast]) != len(ways[slow]):
+        raise ReproError(f"seeds of {fast} and {slow} cannot be paired: {len(ways[fast])}, {len(ways[slow])}")
+    logs = [np.log([images_to_reach(curve, target) for curve in ways[way]]) for way in (fast, slow)]
+    if not all(np.isfinite(values).all() for values in logs):
         return None
-    logs = [np.log(images) for images in reached.values()]
-    difference = float(logs[1].mean() - logs[0].mean())
-    half = math.inf
+    difference, half = float(logs[1].mean() - logs[0].mean()), math.inf
     if all(len(values) > 1 for values in logs):
-        freedom = sum(len(values) - 1 for values in logs)
-        half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * pooled_deviation(reached)
-        half *= math.sqrt(1 / len(logs[0]) + 1 / len(logs[1]))
+        # squared standard errors of what is subtracted, and their degrees of freedom
+        parts = [logs[1] - logs[0]] if paired else logs
+        errors = np.array([values.var(ddof=1) / len(values) for values in parts])
+        each = np.array([len(values) - 1 for values in parts])
+        freedom = errors.sum() ** 2 / (errors**2 / each).sum() if errors.any() else each.sum()
+        half = float(stats.t.ppf((1 + confidence) / 2, freedom) * math.sqrt(errors.sum()))
     verdict = "undecided" if abs(difference) <= half else "faster" if difference > 0 else "slower"
     low, ratio, high = (float(np.exp(value)) for value in (difference - half, difference, difference + half))
     return SpeedUp(target, ratio, low, high, len(logs[0]), len(logs[1]), confidence, verdict)
+
+
+def targets(ways: Mapping[str, Sequence[Curve]], count: int) -> np.ndarray:
+    """Distances at which all curves can be compared, geometrically spaced, the highest first.
+
+    From the best that all reach up to that which one has at its first measurement, left out. Empty where
+    there is none between the two.
+    """
+    best = common_target(ways)
+    first = min(values[0] for curves in ways.values() for _, values in curves)
+    return np.geomspace(first, best, count + 1)[1:] if best < first else np.empty(0)
 
 
 def common_target(ways: Mapping[str, Sequence[Curve]], share: float = 1.0) -> float:
@@ -132,13 +153,23 @@ class Pair:
     early: tuple[str, ...]
     """Which of them are at `target` from their first measurement on, so that there is no ratio."""
     speed_up: SpeedUp | None
+    paired: SpeedUp | None
+    """The same with the interval of pairs of seeds; none where the seeds of the two are not the same."""
     leads_from: float | None
-    """Images from which on, to the end, `fast` is below `slow`; none where it is not in the end."""
+    """Images from which on, to the end, `fast` is below `slow` in the mean; none where not in the end."""
 
     @property
     def sure(self) -> bool:
         """Whether there is an interval: both have several seeds."""
         return self.speed_up is not None and math.isfinite(self.speed_up.high)
+
+    @property
+    def verdict(self) -> str | None:
+        """What both intervals say; `undecided` where they do not agree, none without an interval."""
+        if not self.sure:
+            return None
+        said = {found.verdict for found in (self.speed_up, self.paired) if found}
+        return said.pop() if len(said) == 1 else "undecided"
 
     def cells(self) -> dict[str, str]:
         """What a table shows of the pair."""
@@ -148,7 +179,7 @@ class Pair:
             if found
             else f"none: {', '.join(self.early)} there from the first measurement"
         )
-        interval = f"{found.low:.2f} to {found.high:.2f}" if self.sure else "unknown" if found else ""
+        interval = _span(found) if self.sure else "unknown" if found else ""
         return {
             "arm": self.fast,
             "beside": self.slow,
@@ -157,7 +188,8 @@ class Pair:
             "at the distance": f"{self.target:.1f}",
             "speed-up": ratio,
             "interval": interval,
-            "verdict": found.verdict if self.sure else "",
+            "by pairs of seeds": _span(self.paired) if self.sure and self.paired else "",
+            "verdict": self.verdict or "",
             "leads from (million images)": "never"
             if self.leads_from is None
             else f"{self.leads_from / 1e6:.2f}",
@@ -173,11 +205,9 @@ class Pair:
             )
             says += f"{self.target:.1f} or below from the first measurement: {', '.join(self.early)}"
         elif self.sure:
-            says += {"undecided": "neither faster nor slower, within the interval"}.get(
-                found.verdict, found.verdict
-            )
-            says += f"; the other needs {found.ratio:.2f} times as many images "
-            says += f"({found.low:.2f} to {found.high:.2f}) to {at}"
+            says += {"undecided": "undecided by these seeds"}.get(self.verdict, self.verdict)
+            says += f"; the other needs {found.ratio:.2f} times as many images ({_span(found)}"
+            says += f"; by pairs of seeds {_span(self.paired)}) to {at}" if self.paired else f") to {at}"
         else:
             says += (
                 f"the other needs {found.ratio:.2f} times as many images to {at}; as not both have several "
@@ -185,7 +215,8 @@ class Pair:
             says += "seeds, how sure that is, is not known"
         if self.leads_from is None:
             return f"{says}; it is not ahead at the end"
-        return f"{says}; it is ahead at each measurement from {self.leads_from / 1e6:.2f}M images on"
+        mean = " in the mean" if found and max(found.seeds_fast, found.seeds_slow) > 1 else ""
+        return f"{says}; it is ahead{mean} at each measurement from {self.leads_from / 1e6:.2f}M images on"
 
     def values(self) -> dict:
         """The same as numbers, for `paper.save_values`; none where something is not known."""
@@ -196,14 +227,22 @@ class Pair:
             "leads_from": self.leads_from,
             "ratio": found and found.ratio,
             "interval": [found.low, found.high] if self.sure else None,
-            "verdict": found.verdict if self.sure else None,
+            "paired": [self.paired.low, self.paired.high] if self.sure and self.paired else None,
+            "verdict": self.verdict,
         }
 
 
-def pair(ways: Mapping[str, Sequence[Curve]], fast: str, slow: str, confidence: float = 0.95) -> Pair:
+def _span(found: SpeedUp) -> str:
+    return f"{found.low:.2f} to {found.high:.2f}"
+
+
+def pair(
+    ways: Mapping[str, Sequence[Curve]], fast: str, slow: str, confidence: float = 0.95, paired: bool = False
+) -> Pair:
     """How much sooner `fast` is where `slow` is: at the best distance that all seeds of both reach.
 
-    `speed_up` says how the interval is found. Raises `ReproError` as it and `leads_from` do.
+    paired: whether the curves of the two are of the same seeds, in the same order. `speed_up` says how the
+    intervals are found. Raises `ReproError` as it and `leads_from` do.
     """
     target = common_target({way: ways[way] for way in (fast, slow)})
     return Pair(
@@ -213,6 +252,7 @@ def pair(ways: Mapping[str, Sequence[Curve]], fast: str, slow: str, confidence: 
         ends=tuple(float(band(ways[way])[1][-1]) for way in (fast, slow)),
         early=tuple(way for way in (fast, slow) if any(values[0] <= target for _, values in ways[way])),
         speed_up=speed_up(ways, fast, slow, target, confidence),
+        paired=speed_up(ways, fast, slow, target, confidence, paired=True) if paired else None,
         leads_from=leads_from(ways[fast], ways[slow]),
     )
 

@@ -63,13 +63,18 @@ def test_a_speed_up_and_its_interval_by_hand():
     ways = {"fast": [power(s) for s in fast], "slow": [power(s) for s in slow], "alone": [power(1.5)]}
     found = compare.speed_up(ways, "fast", "slow", 15.0)
     logs = [np.log(fast), np.log(slow)]
-    pooled = math.sqrt(sum(values.var(ddof=1) for values in logs) / 2)
-    half = stats.t.ppf(0.975, 4) * pooled * math.sqrt(2 / 3)
+    parts = [values.var(ddof=1) / 3 for values in logs]
+    half = stats.t.ppf(0.975, sum(parts) ** 2 / sum(part**2 / 2 for part in parts)) * math.sqrt(sum(parts))
     center = logs[1].mean() - logs[0].mean()
     expected = [math.exp(center + sign * half) for sign in (-1, 0, 1)]
     assert [found.low, found.ratio, found.high] == pytest.approx(expected, rel=1e-9)
     assert (found.verdict, found.seeds_fast, found.seeds_slow) == ("faster", 3, 3)
     assert compare.speed_up(ways, "slow", "fast", 15.0).verdict == "slower"
+    pairs = stats.ttest_rel(logs[1], logs[0]).confidence_interval(0.95)
+    found = compare.speed_up(ways, "fast", "slow", 15.0, paired=True)
+    assert [found.low, found.high] == pytest.approx(np.exp([pairs.low, pairs.high]), rel=1e-9)
+    with pytest.raises(ReproError, match="cannot be paired: 3, 1"):
+        compare.speed_up(ways, "fast", "alone", 15.0, paired=True)
     # with one seed of either, how sure it is, is not known, whatever other ways vary by
     for pair in (("fast", "alone"), ("alone", "fast")):
         one = compare.speed_up(ways, *pair, 15.0)
@@ -84,14 +89,50 @@ def test_a_speed_up_depends_on_no_unit_of_distance(factor):
     assert (other.low, other.ratio, other.high) == pytest.approx((one.low, one.ratio, one.high), rel=1e-9)
 
 
-def test_two_ways_that_do_not_differ_are_not_told_apart_more_often_than_said():
-    """Of many studies without a difference, 95% of the intervals hold 1."""
+@given(
+    st.lists(st.floats(-1, 1), min_size=2, max_size=5), st.lists(st.floats(-1, 1), min_size=2, max_size=5),
+    st.floats(0.5, 0.999),
+)  # fmt: skip
+def test_the_interval_is_scipys_of_welch(one, other, confidence):
+    one[0] += 0.1 * (np.ptp(one) == 0)  # Welch's is not defined without any spread
+    ways = {way: [power(math.exp(s)) for s in shifts] for way, shifts in (("a", one), ("b", other))}
+    found = compare.speed_up(ways, "a", "b", 30 * 3.3**-0.7, confidence)
+    expected = stats.ttest_ind(other, one, equal_var=False).confidence_interval(confidence)
+    assert np.log([found.low, found.high]) == pytest.approx([expected.low, expected.high], rel=1e-6, abs=1e-6)
+
+
+def test_without_any_spread_the_interval_is_one_point():
+    found = compare.speed_up({"a": [power(1)] * 2, "b": [power(2)] * 2}, "a", "b", 15.0)
+    assert (found.low, found.high) == (pytest.approx(2), pytest.approx(2))
+
+
+@pytest.mark.parametrize("spreads, paired, holds", [
+    ((0.1, 0.1), False, (0.95, 0.98)),  # Welch's is on the safe side with so few seeds
+    ((0.18, 0.036), False, (0.93, 0.97)),  # as Figure 1's, where pooling the two would hold less often
+    ((0.1, 0.1), True, (0.93, 0.97)),
+])  # fmt: skip
+def test_two_ways_that_do_not_differ_are_told_apart_as_rarely_as_said(spreads, paired, holds):
+    """Of many studies with three seeds and no difference, so many of the 95% intervals hold 1."""
     random, studies, held = np.random.default_rng(0), 2000, 0
     for _ in range(studies):
-        ways = {way: [power(math.exp(s)) for s in random.normal(0, 0.1, 3)] for way in "ab"}
-        found = compare.speed_up(ways, "a", "b", 15.0)
-        held += found.verdict == "undecided"
-    assert abs(held / studies - 0.95) < 4 * math.sqrt(0.95 * 0.05 / studies)
+        common = random.normal(0, 0.2, 3) * paired  # what a seed does to both
+        ways = {
+            way: [power(math.exp(s)) for s in common + random.normal(0, spread, 3)]
+            for way, spread in zip("ab", spreads, strict=True)
+        }
+        held += compare.speed_up(ways, "a", "b", 15.0, paired=paired).verdict == "undecided"
+    assert holds[0] < held / studies < holds[1]
+
+
+def test_targets_go_from_the_first_measurement_to_the_best_that_all_reach():
+    ways = {"a": [power(1), power(1.1)], "b": [power(2)]}
+    found = compare.targets(ways, 5)
+    assert len(found) == 5 and found[-1] == pytest.approx(compare.common_target(ways))
+    assert found[0] < power(1)[1][0] and (np.diff(np.log(found)) < 0).all()
+    np.testing.assert_allclose(np.diff(np.log(found)), np.log(found[1] / found[0]))
+    assert all(compare.speed_up(ways, "a", "b", at) for at in found)
+    risen = (IMAGES, [10.0] + [20.0] * 7)
+    assert len(compare.targets({**ways, "risen": [risen]}, 5)) == 0
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
@@ -181,13 +222,14 @@ def test_a_pair_says_all_that_is_known_of_two_ways():
         "at the distance": f"{found.target:.1f}",
         "speed-up": "2.00",
         "interval": f"{up.low:.2f} to {up.high:.2f}",
+        "by pairs of seeds": "",
         "verdict": "faster",
         "leads from (million images)": "0.10",
     }
     assert found.sentence("FD") == (
         f"**fast beside slow**: faster; the other needs 2.00 times as many images "
         f"({up.low:.2f} to {up.high:.2f}) to FD {found.target:.1f}; "
-        "it is ahead at each measurement from 0.10M images on"
+        "it is ahead in the mean at each measurement from 0.10M images on"
     )
     assert found.values() == {
         "target": found.target,
@@ -195,6 +237,7 @@ def test_a_pair_says_all_that_is_known_of_two_ways():
         "leads_from": IMAGES[0],
         "ratio": up.ratio,
         "interval": [up.low, up.high],
+        "paired": None,
         "verdict": "faster",
     }
     back = compare.pair(ways, "slow", "fast")
@@ -203,9 +246,21 @@ def test_a_pair_says_all_that_is_known_of_two_ways():
     )  # fmt: skip
     assert back.sentence("FD").endswith("it is not ahead at the end")
     near = compare.pair({**ways, "near": [power(1.05), power(1)]}, "fast", "near")
-    assert near.sentence("FD").startswith(
-        "**fast beside near**: neither faster nor slower, within the interval"
+    assert near.sentence("FD").startswith("**fast beside near**: undecided by these seeds")
+
+
+def test_a_verdict_is_what_both_intervals_say():
+    """Seeds that move two ways apart: taken as independent these are told apart, in pairs not."""
+    one, other = [1.0, 1.05, 1.1, 1.15], [1.35, 1.3, 1.25, 1.2]
+    ways = {"fast": [power(s) for s in one], "slow": [power(s) for s in other]}
+    alone, found = (compare.pair(ways, "fast", "slow", paired=paired) for paired in (False, True))
+    assert (alone.verdict, alone.speed_up.verdict, found.speed_up.verdict) == ("faster",) * 3
+    assert (found.paired.verdict, found.verdict, found.values()["verdict"]) == ("undecided",) * 3
+    span = f"{found.paired.low:.2f} to {found.paired.high:.2f}"
+    assert found.cells()["by pairs of seeds"] == span and f"; by pairs of seeds {span}) to" in found.sentence(
+        "FD"
     )
+    assert found.values()["paired"] == [found.paired.low, found.paired.high]
 
 
 def test_a_pair_of_one_seed_each_has_no_verdict():

@@ -311,6 +311,18 @@ def test_a_band_is_drawn_where_seeds_differ():
     plt.close(fig)
 
 
+def test_speed_ups_run_from_far_to_near_with_a_band_where_there_is_an_interval():
+    fig, ax = plt.subplots()
+    numbers = np.array([[300, 200, 100], [1, 2, 3], [0.5, 1, 0], [1.5, 3, np.inf]])
+    for _ in range(2):  # a second line does not turn the axis back
+        line = paper.draw_speed_ups(ax, *numbers, "--", "red", 2.0, "v")
+    np.testing.assert_array_equal(line.get_xydata(), [[300, 1], [200, 2], [100, 3]])
+    assert ax.xaxis_inverted() and (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    edges = ax.collections[0].get_paths()[0].get_extents()
+    assert (edges.xmin, edges.xmax, edges.ymin, edges.ymax) == (200, 300, 0.5, 3)
+    plt.close(fig)
+
+
 def test_rows_of_images_stand_beneath_their_names():
     shades = {name: np.full((3, 8, 8, 3), shade, np.uint8) for name, shade in (("a", 10), ("b", 200))}
     fig = paper.show_rows(shades, columns=2)
