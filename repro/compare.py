@@ -263,3 +263,11 @@ def pooled_deviation(groups: Mapping[str, Sequence[float]]) -> float | None:
     freedom = sum(len(values) - 1 for values in logs)
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in logs)
     return math.sqrt(squares / freedom) if freedom else None
+
+
+def deviation_at(ways: Mapping[str, Sequence[Curve]], point: int) -> float | None:
+    """`pooled_deviation` of the distances of several ways at one measurement, by its place along the curves.
+
+    Raises `IndexError` where a curve has no such place.
+    """
+    return pooled_deviation({way: [values[point] for _, values in curves] for way, curves in ways.items()})

@@ -94,7 +94,8 @@ def test_a_speed_up_depends_on_no_unit_of_distance(factor):
     st.floats(0.5, 0.999),
 )  # fmt: skip
 def test_the_interval_is_scipys_of_welch(one, other, confidence):
-    one[0] += 0.1 * (np.ptp(one) == 0)  # Welch's is not defined without any spread
+    one[0] += 0.1 * (np.ptp(one) < 1e-3)  # Welch's is not defined without any spread, nor exact with little
+    other[0] += 0.1 * (np.ptp(other) < 1e-3)
     ways = {way: [power(math.exp(s)) for s in shifts] for way, shifts in (("a", one), ("b", other))}
     found = compare.speed_up(ways, "a", "b", 30 * 3.3**-0.7, confidence)
     expected = stats.ttest_ind(other, one, equal_var=False).confidence_interval(confidence)
@@ -204,6 +205,15 @@ def test_the_pooled_deviation_by_hand():
     squares = 2 * np.log(groups["a"]).var(ddof=1) + np.log(groups["b"]).var(ddof=1)
     assert compare.pooled_deviation(groups) == pytest.approx(math.sqrt(squares / 3))
     assert compare.pooled_deviation({"alone": [3.0]}) is None
+
+
+def test_the_deviation_at_one_measurement():
+    ways = {"a": [power(1), power(1.2)], "b": [power(3)]}
+    at = [np.log([values[2] for _, values in curves]) for curves in ways.values()]
+    assert compare.deviation_at(ways, 2) == pytest.approx(at[0].std(ddof=1))
+    assert compare.deviation_at({"b": ways["b"]}, 2) is None
+    with pytest.raises(IndexError):
+        compare.deviation_at(ways, 8)
 
 
 def test_a_pair_says_all_that_is_known_of_two_ways():
