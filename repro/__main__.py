@@ -202,6 +202,9 @@ class EvaluateOptions:
     """Also measure how close samples are to their nearest training images (needs the data set)."""
     precision_recall: bool = False
     """Also measure precision and recall against training images (needs the data set)."""
+    standard_errors: bool = False
+    """Also measure how much the distance would vary with other samples, and with other reference images
+    (needs the data set)."""
     blocks: int = 1
     """Measure so many times, each time on the next evaluate.samples seeds: how far apart the results are is
     the sampling error."""
@@ -256,6 +259,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
             network,
             options.compile,
             options.precision_recall,
+            options.standard_errors,
         )
         for line in lines if place.first else []:
             line |= {} if average is None else {"ema_halflife_images": average}

@@ -271,3 +271,17 @@ def deviation_at(ways: Mapping[str, Sequence[Curve]], point: int) -> float | Non
     Raises `IndexError` where a curve has no such place.
     """
     return pooled_deviation({way: [values[point] for _, values in curves] for way, curves in ways.items()})
+
+
+def deviation_interval(deviation: float, freedom: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Confidence interval of a standard deviation that was found with so many degrees of freedom.
+
+    Of normally distributed values: freedom * deviation^2 / variance is chi-squared. Raises `ReproError` for a
+    confidence outside (0, 1) and less than one degree of freedom.
+    """
+    if not 0 < confidence < 1:
+        raise ReproError(f"confidence must lie in (0, 1), not {confidence}")
+    if freedom < 1:
+        raise ReproError(f"a deviation needs a degree of freedom or more, not {freedom}")
+    high, low = stats.chi2.ppf([(1 - confidence) / 2, (1 + confidence) / 2], freedom)
+    return float(deviation * math.sqrt(freedom / low)), float(deviation * math.sqrt(freedom / high))

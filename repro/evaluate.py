@@ -213,6 +213,46 @@ def frechet_distance(
     return float((m1 - m2).square().sum() + c1.trace() + c2.trace() - 2 * cross)
 
 
+GROUPS = 20
+"""Of images left out in turn by `standard_error`."""
+
+
+def standard_error(
+    features: Float[Tensor, "n d"],
+    mean: Float[Tensor, " d"],
+    covariance: Float[Tensor, "d d"],
+    groups: int = GROUPS,
+) -> float:
+    """By how much a Fréchet distance to (mean, covariance) varies because `features` are a finite sample.
+
+    The standard deviation over samples of n independent images, by the jackknife that leaves out one of
+    `groups` groups, drawn at random from a fixed seed, at a time (Shao and Wu 1989, "A general theory for
+    jackknife variance estimation", with disjoint groups): sqrt((g - 1) / g * sum (d_i - mean d)^2). Two
+    eigendecompositions a group. Raises `ReproError` for fewer than 2 groups, or 2 images a group.
+    """
+    _check_groups(len(features), groups)
+    order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).to(features.device)
+    whole = Moments(features.shape[1], features.device)
+    whole.add(features)
+    values = []
+    for left_out in order.chunk(groups):
+        part, rest = (Moments(features.shape[1], features.device, whole.origin) for _ in range(2))
+        part.add(features[left_out])
+        rest.count, rest.sum, rest.outer = (
+            getattr(whole, name) - getattr(part, name) for name in ("count", "sum", "outer")
+        )
+        values.append(frechet_distance(*rest.statistics(), mean.to(rest.sum), covariance.to(rest.sum)))
+    return float(np.std(values) * np.sqrt(len(values) - 1))
+
+
+def _check_groups(images: int, groups: int) -> None:
+    if groups < 2 or images < 2 * groups:
+        raise ReproError(
+            f"a standard error needs 2 groups of images or more, of 2 images or more each: {images} images "
+            f"in {groups} groups are too few; take more samples"
+        )
+
+
 # Precision and recall -------------------------------------------------------------------------------
 
 
@@ -408,18 +448,22 @@ def evaluate(
     network: nn.Module | None = None,
     cuda_graphs: bool = False,
     precision_recall: bool = False,
+    standard_errors: bool = False,
 ) -> list[dict]:
     """Draw samples as `run.sample` and `run.evaluate` say and measure them: lines for metrics.jsonl.
 
     The first line is the Fréchet distance to all images of the run's data set, whose pixels have
     `fingerprint`. With `neighbours`, a further line gives how close samples, and held-out images, are to
     their nearest training images; with `precision_recall`, two give precision and recall against training
-    images. network: the feature network, where it is loaded already. cuda_graphs: as in `sample.generate`.
+    images; with `standard_errors`, one gives the distance's `standard_error` from samples and reference.
+    network: the feature network, where it is loaded already. cuda_graphs: as in `sample.generate`.
     Under torch.distributed each process draws its share of the seeds and all return the same lines.
     """
     began = time.perf_counter()
     how = run.evaluate
-    if neighbours or precision_recall:
+    if standard_errors:
+        _check_groups(how.samples, GROUPS)
+    if neighbours or precision_recall or standard_errors:
         load_same(run.data.name, fingerprint)  # which fails now, not after the samples are drawn
     network = network or feature_network(how.features, device)
     known = reference(run.data.name, fingerprint, how.features, device)
@@ -439,7 +483,7 @@ def evaluate(
     if distributed:
         moments.all_reduce()
     generated = torch.cat(kept)
-    if distributed and (neighbours or precision_recall):
+    if distributed and (neighbours or precision_recall or standard_errors):
         shares = [None] * world
         torch.distributed.all_gather_object(shares, generated)
         generated = torch.empty(how.samples, network.dimension)
@@ -474,6 +518,14 @@ def evaluate(
     if precision_recall:
         for found in against_training_images(generated, network, run, fingerprint, device):
             lines.append({**found, **about, "samples": found["real"]})  # equally many
+    if standard_errors:
+        real = all_features(network, load_same(run.data.name, fingerprint).images, device)
+        of = {
+            "of_samples": standard_error(generated.to(device), known.mean, known.covariance),
+            "of_reference": standard_error(real, mean, covariance),
+        }
+        both = {"value": float(np.hypot(*of.values())), **of, "groups": GROUPS}
+        lines.append({"name": f"standard error of {network.title}", **both, **about})
     return lines
 
 

@@ -29,6 +29,7 @@ from jaxtyping import UInt8
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
 from repro import files, provenance
@@ -197,9 +198,11 @@ def draw_speed_ups(
     known = np.isfinite(high)
     ax.fill_between(distances, low, high, where=known, color=colour, alpha=0.25, lw=0)
     ax.set_xscale("log")
-    ax.set_yscale("log", base=2)
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_major_formatter("{x:g}")
+    ax.set_yscale("log")
+    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))  # also where it spans no decade
+    ax.yaxis.set_minor_locator(NullLocator())
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter("{x:g}")
     ax.xaxis.set_minor_formatter("{x:g}")
     ax.tick_params(axis="x", which="minor", labelsize=plt.rcParams["xtick.labelsize"])
     if not ax.xaxis_inverted():

@@ -326,30 +326,43 @@ class Run:
             key=lambda other: other["samples"],
         )
 
-    def blocks(self, how: config.Sample) -> list[float]:
-        """Distances at the end of training, of other blocks of as many sample seeds than the run's own.
+    def blocks(self, how: config.Sample, samples: int | None = None) -> list[float]:
+        """Distances at the end of training, of other blocks of sample seeds than the run's own.
 
         How far they are apart is the sampling error (`python -m repro evaluate RUN --evaluate.first-seed N
-        --blocks 3`). Of the main average, by first seed; of a block measured twice the last line, and of
-        blocks that share seeds the first.
+        --blocks 3`). samples: how many in a block; by default as the run's configuration says. Of the main
+        average, by first seed; of a block measured twice the last line, and of blocks that share seeds the
+        first.
         """
-        own = self.config.evaluate
+        own, samples = self.config.evaluate, samples or self.config.evaluate.samples
         first_seeds, values = [own.first_seed], {}
-        for line in self._measured(how, own.samples, None):
+        for line in self._measured(how, samples, None):
             first = line["first_seed"]
-            shares = any(abs(first - other) < own.samples for other in first_seeds)
+            shares = any(abs(first - other) < samples for other in first_seeds)
             if line["images"] == self.record.images and (first in values or not shares):
                 first_seeds.append(first)
                 values[first] = line["value"]
         return [values[first] for first in sorted(values)]
 
-    def _measured(self, how: config.Sample, samples: int, ema: float | None) -> list[dict]:
-        """Lines that are Fréchet distances of so many images from any seed, as `distances` describes."""
+    def standard_errors(self, how: config.Sample, samples: int | None = None) -> dict | None:
+        """The last line that is a distance's standard error at the end of training, of the main average.
+
+        As `python -m repro evaluate RUN --standard-errors` measures it; samples: as in `distances`. None
+        where nobody has.
+        """
+        number = samples or self.config.evaluate.samples
+        lines = self._measured(how, number, None, ("standard error of",))
+        return next((line for line in reversed(lines) if line["images"] == self.record.images), None)
+
+    def _measured(
+        self, how: config.Sample, samples: int, ema: float | None, names: tuple[str, ...] = ("FD", "FID")
+    ) -> list[dict]:
+        """Lines of these names' beginnings of so many images from any seed, as `distances` describes."""
         own, average = self.config, self.further_average(ema)
         return [
             line
             for line in self.metrics
-            if line["name"].startswith(("FD", "FID"))
+            if line["name"].startswith(names)
             and line.get("ema_halflife_images") == average
             and (config.sample_from_json(line["sample"]), line["samples"]) == (how, samples)
             and (line["features"], line["precision"]) == (own.evaluate.features, own.train.precision)

@@ -216,6 +216,22 @@ def test_the_deviation_at_one_measurement():
         compare.deviation_at(ways, 8)
 
 
+@pytest.mark.parametrize("freedom, confidence", [(2, 0.95), (8, 0.8)])
+def test_the_interval_of_a_deviation_holds_as_often_as_said(freedom, confidence):
+    deviations = np.random.default_rng(0).normal(size=(4000, freedom + 1)).std(axis=1, ddof=1) * 3
+    bounds = np.array([compare.deviation_interval(found, freedom, confidence) for found in deviations])
+    held = ((bounds[:, 0] < 3) & (3 < bounds[:, 1])).mean()
+    assert abs(held - confidence) < 4 * math.sqrt(confidence * (1 - confidence) / 4000)
+    # as often too high as too low
+    assert (bounds[:, 0] >= 3).mean() == pytest.approx((1 - confidence) / 2, abs=0.015)
+
+
+@pytest.mark.parametrize("freedom, confidence, message", [(0, 0.95, "degree"), (2, 95.0, "confidence")])
+def test_a_deviation_of_nothing_has_no_interval(freedom, confidence, message):
+    with pytest.raises(ReproError, match=message):
+        compare.deviation_interval(1.0, freedom, confidence)
+
+
 def test_a_pair_says_all_that_is_known_of_two_ways():
     ways = {"fast": [power(1), power(1.1)], "slow": [power(2), power(2.2)], "alone": [power(1.05)]}
     found = compare.pair(ways, "fast", "slow")

@@ -224,6 +224,46 @@ def test_copies_of_a_point_are_its_neighbours():
     assert evaluate.precision_recall(same, same + 1e-3) == (0, 0)
 
 
+def test_a_standard_error_is_what_the_distance_varies_by():
+    """Of many samples of one Gaussian, against what the jackknife says of a few of them alone."""
+    mean, covariance = gaussian(4, 4, seed=0)
+    root = torch.linalg.cholesky(covariance + torch.eye(4) / 4)
+
+    def features(seed):
+        return 0.5 + normal(400, 4, seed=seed) @ root.T
+
+    distances = []
+    for seed in range(1000):
+        moments = evaluate.Moments(4)
+        moments.add(features(seed))
+        distances.append(evaluate.frechet_distance(*moments.statistics(), mean, covariance))
+    errors = [evaluate.standard_error(features(seed), mean, covariance) for seed in range(30)]
+    assert np.mean(errors) == pytest.approx(np.std(distances), rel=0.1)
+
+
+def test_a_standard_error_by_its_definition():
+    x, (mean, covariance) = normal(11, 3), gaussian(3, 3, seed=5)
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(0)).tolist()
+    values = []
+    for left_out in (order[:3], order[3:6], order[6:9], order[9:]):  # 11 in 4 groups
+        rest = np.delete(x.numpy(), left_out, axis=0)
+        statistics = [torch.from_numpy(s) for s in (rest.mean(0), np.cov(rest.T))]
+        values.append(evaluate.frechet_distance(*statistics, mean, covariance))
+    expected = np.sqrt(3 / 4 * np.sum((np.array(values) - np.mean(values)) ** 2))
+    assert evaluate.standard_error(x, mean, covariance, groups=4) == pytest.approx(expected, rel=1e-9)
+    turn, scale = rotation(3), 3.0  # a distance grows with the square of the scale, whatever the axes
+    turned = evaluate.standard_error(
+        scale * x @ turn.T, scale * turn @ mean, scale**2 * turn @ covariance @ turn.T, groups=4
+    )
+    assert turned == pytest.approx(scale**2 * expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("images, groups", [(39, 20), (10, 1), (0, 2)])
+def test_a_standard_error_of_too_few_images_is_refused(images, groups):
+    with pytest.raises(ReproError, match=f"{images} images in {groups} groups are too few"):
+        evaluate.standard_error(normal(images, 2), torch.zeros(2), torch.eye(2), groups)
+
+
 def plain_precision_recall(real, fake, k):
     """The definition, pair by pair, in Python's whole numbers."""
 
@@ -892,11 +932,38 @@ def test_samples_of_several_processes_are_in_the_order_of_their_seeds(home, monk
     assert (seen[0][0] - seen[0][1]).abs().max() > 1
 
 
+def test_standard_errors_are_of_these_samples_and_of_all_real_images(home):
+    run = recorded(home / "runs")
+    more = dataclasses.replace(RUN, evaluate=dataclasses.replace(RUN.evaluate, samples=41))
+    distance, line = measure(run, config=more, standard_errors=True)
+    network = evaluate.feature_network("efficientnet_lite0")
+    samples = torch.cat(list(sample.generate(run.denoiser(), RUN, range(50, 91), 7, "cpu")))
+    fake, real = network(samples).float(), network(torch.from_numpy(drawn(130))).float()
+    parts = []
+    for features, other in ((fake, real), (real, fake)):
+        moments = evaluate.Moments(network.dimension)
+        moments.add(other)
+        parts.append(evaluate.standard_error(features, *moments.statistics()))
+    assert [line["of_samples"], line["of_reference"]] == pytest.approx(parts, rel=1e-3)
+    assert line["value"] == pytest.approx(np.hypot(*parts), rel=1e-3)
+    assert (line["name"], line["groups"]) == ("standard error of FD (EfficientNet-Lite0)", evaluate.GROUPS)
+    assert (line["samples"], line["first_seed"], line["sample"]) == (41, 50, distance["sample"])
+    assert run.distances(RUN.sample) == []  # a standard error is no distance
+
+
+def test_a_standard_error_of_too_few_samples_is_refused_before_they_are_drawn(home, monkeypatch):
+    run = recorded(home / "runs")
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: pytest.fail("samples were drawn"))
+    with pytest.raises(ReproError, match="7 images in 20 groups are too few"):
+        measure(run, standard_errors=True)
+
+
 def test_data_that_are_not_there_are_missed_before_samples_are_drawn(home, monkeypatch):
     run = recorded(home / "runs")
     measure(run)
     monkeypatch.setenv("REPRO_DATA", str(home / "nowhere"))
     monkeypatch.setattr(sample, "generate", lambda *_, **__: pytest.fail("samples were drawn"))
-    for also in ("neighbours", "precision_recall"):
+    enough = dataclasses.replace(RUN, evaluate=dataclasses.replace(RUN.evaluate, samples=41))
+    for also in ("neighbours", "precision_recall", "standard_errors"):
         with pytest.raises(ReproError, match="is not prepared"):
-            measure(run, **{also: True})
+            measure(run, config=enough, **{also: True})

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from repro import evaluate as evaluation
 from repro import paper, runs
 from repro.__main__ import main
 from repro.presets import PRESETS
@@ -151,6 +152,20 @@ def test_evaluate_prints_and_records_unless_told_not_to(copied, home, capsys):
     assert (distance["samples"], distance["steps"], distance["images"]) == (4, 2, 16)
     assert nearest["held_out"] == 3
     assert runs.load_run(NAME).distances(runs.load_run(NAME).config.sample) == [distance]
+
+
+def test_evaluate_measures_standard_errors(copied, home, capsys, monkeypatch):
+    options = ["--evaluate.samples", "5", "--precision", "fp32", "--device", "cpu", "--standard-errors"]
+    assert main(["evaluate", NAME, *options]) == 1
+    assert "5 images in 20 groups are too few; take more samples" in capsys.readouterr().err
+    assert not (copied / "metrics.jsonl").exists()
+    monkeypatch.setattr(evaluation, "GROUPS", 2)
+    monkeypatch.setattr(evaluation, "standard_error", lambda features, *_: float(len(features)))
+    assert main(["evaluate", NAME, *options]) == 0
+    assert "standard error of FD (EfficientNet-Lite0): " in capsys.readouterr().out
+    run = runs.load_run(NAME)
+    line = run.standard_errors(run.sample, 5)
+    assert (line["of_samples"], line["of_reference"]) == (5, run.record.data.count)
 
 
 def test_evaluate_measures_precision_and_recall(copied, home, capsys):

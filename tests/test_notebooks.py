@@ -274,3 +274,35 @@ def test_notebooks_hold_no_outputs_functions_or_classes():
             assert not any(line.startswith(("def ", "class ")) for line in cell.source.splitlines()), (
                 path.name
             )
+
+
+def test_each_source_of_variation_is_as_large_as_in_the_records(tmp_path, monkeypatch):
+    folder = tmp_path / "runs"
+    monkeypatch.setenv("REPRO_RUNS", str(folder))
+    with pytest.raises(ReproError, match="nothing was measured twice with 10,000 samples"):
+        render.render("sec4_4_seeds", out=tmp_path / "paper")
+    for arm in presets.SEEDED:
+        for suffix, luck in (("", 1.0), ("-seed1", 1.05), ("-seed2", 1 / 1.05)):
+            made_up_arm(folder, arm, suffix, luck, 0.1)
+    render.render("sec4_4_seeds", out=tmp_path / "paper")
+    found = json.loads((tmp_path / "paper" / "values" / "sec4_4_seeds.json").read_text())["values"]
+    assert sorted(found["training"]) == sorted(presets.SEEDED) and len(found["sampling"]) == 2
+    assert found["deviations"]["reference"] is None and found["shares"] is None
+    spread = 0.8 * np.log(1.05)
+    assert found["deviations"]["training"] == pytest.approx(spread, rel=1e-4)
+    assert found["deviations"]["sampling"] == pytest.approx(0.01, rel=1e-4)
+    low, high = found["intervals"]["training"]  # 4 arms of three seeds: 8 degrees of freedom
+    assert stats.chi2.cdf(8 * (spread / np.array([low, high])) ** 2, 8) == pytest.approx(
+        [0.975, 0.025], rel=1e-3
+    )
+
+    run = runs.load_run("lab/imagenet64-x0-constant")
+    (*_, line) = run.distances(run.sample)
+    of = {"of_reference": 0.03 * line["value"], "of_samples": 0.02 * line["value"], "groups": 20}
+    files.append_line(run.path / "metrics.jsonl", {**line, "name": "standard error of FD", **of})
+    render.render("sec4_4_seeds", out=tmp_path / "paper")
+    found = json.loads((tmp_path / "paper" / "values" / "sec4_4_seeds.json").read_text())["values"]
+    parts = np.array([0.01, spread, 0.03]) ** 2
+    shares = [found["shares"][source] for source in ("sampling", "training", "reference")]
+    assert shares == pytest.approx(parts / parts.sum(), rel=1e-3)
+    assert found["jackknife_of_samples"] == pytest.approx(0.02, rel=1e-4)

@@ -255,6 +255,24 @@ def test_blocks_are_other_seeds_at_the_end(root):
     for one in (taken[0], *(line | change for change in others), taken[1], twice):
         files.append_line(root / NAME / "metrics.jsonl", one)
     assert load(root).blocks(RUN.sample) == [2.0, 5.0]
+    assert load(root).blocks(RUN.sample, own.samples + 1) == [9.0]
+
+
+def test_the_last_standard_error_of_the_end_is_taken(root):
+    own = RUN.evaluate
+    line = {"name": "standard error of FD (EfficientNet-Lite0)", "features": own.features, "value": 1.0,
+            "sample": config.sample_json(RUN.sample), "first_seed": 7, "samples": own.samples,
+            "precision": RUN.train.precision, "images": load(root).record.images}  # fmt: skip
+    assert load(root).standard_errors(RUN.sample) is None
+    changes = (
+        {"value": 2.0}, {"images": 1}, {"name": "FD"}, {"samples": 3}, {"ema_halflife_images": 7.0},
+        {"sample": line["sample"] | {"steps": 99}},
+    )  # fmt: skip
+    for change in ({}, *changes):
+        files.append_line(root / NAME / "metrics.jsonl", line | change)
+    assert load(root).standard_errors(RUN.sample)["value"] == 2
+    assert load(root).standard_errors(RUN.sample, 3)["samples"] == 3
+    assert load(root).distances(RUN.sample, 3) == []
 
 
 def test_lines_of_the_same_samples(root):
