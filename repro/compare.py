@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from scipy import stats
@@ -140,6 +140,33 @@ def leads_from(fast: Sequence[Curve], slow: Sequence[Curve]) -> float | None:
     return float(images[after]) if after < len(images) else None
 
 
+def speed_ups(
+    ways: Mapping[str, Sequence[Curve]],
+    fast: str,
+    slow: str,
+    count: int,
+    confidence: float = 0.95,
+    paired: bool = False,
+) -> list[SpeedUp]:
+    """`speed_up` at each of `count` `targets` of the two where there is one.
+
+    paired: whether their curves are of the same seeds, in the same order; then each interval reaches as far
+    as Welch's and that of pairs together, and its verdict is what both say.
+    """
+    both = {way: ways[way] for way in (fast, slow)}
+    found = []
+    for target in targets(both, count):
+        one = speed_up(both, fast, slow, target, confidence)
+        if one and paired:
+            other = speed_up(both, fast, slow, target, confidence, paired=True)
+            verdict = one.verdict if one.verdict == other.verdict else "undecided"
+            low, high = min(one.low, other.low), max(one.high, other.high)
+            one = replace(one, low=low, high=high, verdict=verdict)
+        if one:
+            found.append(one)
+    return found
+
+
 @dataclass(frozen=True)
 class Pair:
     """All that is said of one way of training beside another (see `pair`)."""
@@ -188,7 +215,9 @@ class Pair:
             "at the distance": f"{self.target:.1f}",
             "speed-up": ratio,
             "interval": interval,
-            "by pairs of seeds": _span(self.paired) if self.sure and self.paired else "",
+            "by pairs of seeds": (_span(self.paired) if self.paired else "not the same seeds")
+            if self.sure
+            else "",
             "verdict": self.verdict or "",
             "leads from (million images)": "never"
             if self.leads_from is None
@@ -207,7 +236,10 @@ class Pair:
         elif self.sure:
             says += {"undecided": "undecided by these seeds"}.get(self.verdict, self.verdict)
             says += f"; the other needs {found.ratio:.2f} times as many images ({_span(found)}"
-            says += f"; by pairs of seeds {_span(self.paired)}) to {at}" if self.paired else f") to {at}"
+            pairs = (
+                f"by pairs of seeds {_span(self.paired)}" if self.paired else "their seeds are not the same"
+            )
+            says += f"; {pairs}) to {at}"
         else:
             says += (
                 f"the other needs {found.ratio:.2f} times as many images to {at}; as not both have several "

@@ -226,16 +226,18 @@ def standard_error(
     """By how much a Fréchet distance to (mean, covariance) varies because `features` are a finite sample.
 
     The standard deviation over samples of n independent images, by the jackknife that leaves out one of
-    `groups` groups, drawn at random from a fixed seed, at a time (Shao and Wu 1989, "A general theory for
-    jackknife variance estimation", with disjoint groups): sqrt((g - 1) / g * sum (d_i - mean d)^2). Two
-    eigendecompositions a group. Raises `ReproError` for fewer than 2 groups, or 2 images a group.
+    `groups` equal groups (but for one image), drawn at random from a fixed seed, at a time (Shao and Wu 1989,
+    "A general theory for jackknife variance estimation", with disjoint groups): sqrt((g - 1) / g *
+    sum (d_i - mean d)^2). Two eigendecompositions a group. Of real images it says what others would have
+    changed with the generated ones, and so the network, as they are. Raises `ReproError` for fewer than 2
+    groups, or 2 images a group.
     """
     _check_groups(len(features), groups)
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).to(features.device)
     whole = Moments(features.shape[1], features.device)
     whole.add(features)
     values = []
-    for left_out in order.chunk(groups):
+    for left_out in order.tensor_split(groups):
         part, rest = (Moments(features.shape[1], features.device, whole.origin) for _ in range(2))
         part.add(features[left_out])
         rest.count, rest.sum, rest.outer = (

@@ -85,6 +85,7 @@ def check_parameters(path: str | Path, given: dict[str, object]) -> dict[str, ob
             value = float(value)
         if kinds and type(value) not in kinds:  # not isinstance: True is no number of rows
             due = " or ".join("none" if kind is NoneType else kind.__name__ for kind in kinds)
+            due += " (true or false)" if bool in kinds else ""
             raise ReproError(
                 f"parameter {name} of {Path(path).name} must be {due}, not {value!r} "
                 f"({type(value).__name__}); its default is {known[name].default!r}"

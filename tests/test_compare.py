@@ -232,6 +232,32 @@ def test_a_deviation_of_nothing_has_no_interval(freedom, confidence, message):
         compare.deviation_interval(1.0, freedom, confidence)
 
 
+def test_speed_ups_are_those_at_each_target_with_the_wider_of_two_intervals():
+    ways = {"fast": [power(1), power(1.1)], "slow": [power(2), power(2.1)]}
+    points = compare.targets(ways, 6)
+    alone = compare.speed_ups(ways, "fast", "slow", 6)
+    assert alone == [compare.speed_up(ways, "fast", "slow", at) for at in points]
+    pairs = [compare.speed_up(ways, "fast", "slow", at, paired=True) for at in points]
+    for wider, one, other in zip(
+        compare.speed_ups(ways, "fast", "slow", 6, paired=True), alone, pairs, strict=True
+    ):
+        assert (wider.low, wider.high) == (min(one.low, other.low), max(one.high, other.high))
+        assert (wider.ratio, one.verdict, other.verdict, wider.verdict) == (
+            one.ratio, "faster", "faster", "faster",
+        )  # fmt: skip
+    against = {
+        "fast": [power(s) for s in (1.0, 1.05, 1.1, 1.15)],
+        "slow": [power(s) for s in (1.35, 1.3, 1.25, 1.2)],
+    }
+    verdicts = [
+        {found.verdict for found in compare.speed_ups(against, "fast", "slow", 6, paired=paired)}
+        for paired in (False, True)
+    ]
+    assert verdicts == [{"faster"}, {"undecided"}]
+    ways["risen"] = [(IMAGES, [10.0] + [20.0] * 7)]
+    assert compare.speed_ups(ways, "fast", "risen", 6) == []
+
+
 def test_a_pair_says_all_that_is_known_of_two_ways():
     ways = {"fast": [power(1), power(1.1)], "slow": [power(2), power(2.2)], "alone": [power(1.05)]}
     found = compare.pair(ways, "fast", "slow")
@@ -248,13 +274,13 @@ def test_a_pair_says_all_that_is_known_of_two_ways():
         "at the distance": f"{found.target:.1f}",
         "speed-up": "2.00",
         "interval": f"{up.low:.2f} to {up.high:.2f}",
-        "by pairs of seeds": "",
+        "by pairs of seeds": "not the same seeds",
         "verdict": "faster",
         "leads from (million images)": "0.10",
     }
     assert found.sentence("FD") == (
         f"**fast beside slow**: faster; the other needs 2.00 times as many images "
-        f"({up.low:.2f} to {up.high:.2f}) to FD {found.target:.1f}; "
+        f"({up.low:.2f} to {up.high:.2f}; their seeds are not the same) to FD {found.target:.1f}; "
         "it is ahead in the mean at each measurement from 0.10M images on"
     )
     assert found.values() == {

@@ -245,7 +245,7 @@ def test_a_standard_error_by_its_definition():
     x, (mean, covariance) = normal(11, 3), gaussian(3, 3, seed=5)
     order = torch.randperm(11, generator=torch.Generator().manual_seed(0)).tolist()
     values = []
-    for left_out in (order[:3], order[3:6], order[6:9], order[9:]):  # 11 in 4 groups
+    for left_out in (order[:3], order[3:6], order[6:9], order[9:]):  # 11 in 4 groups: 3, 3, 3, 2
         rest = np.delete(x.numpy(), left_out, axis=0)
         statistics = [torch.from_numpy(s) for s in (rest.mean(0), np.cov(rest.T))]
         values.append(evaluate.frechet_distance(*statistics, mean, covariance))
@@ -256,6 +256,14 @@ def test_a_standard_error_by_its_definition():
         scale * x @ turn.T, scale * turn @ mean, scale**2 * turn @ covariance @ turn.T, groups=4
     )
     assert turned == pytest.approx(scale**2 * expected, rel=1e-9)
+
+
+def test_each_of_the_groups_is_left_out_once(monkeypatch):
+    left = []
+    monkeypatch.setattr(evaluate.Moments, "statistics", lambda self: left.append(self.count) or (None, None))
+    monkeypatch.setattr(evaluate, "frechet_distance", lambda *_: 0.0)
+    evaluate.standard_error(normal(41, 2), torch.zeros(2), torch.eye(2))
+    assert left == [41 - 3] + [41 - 2] * 19
 
 
 @pytest.mark.parametrize("images, groups", [(39, 20), (10, 1), (0, 2)])

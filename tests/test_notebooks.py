@@ -279,11 +279,15 @@ def test_notebooks_hold_no_outputs_functions_or_classes():
 def test_each_source_of_variation_is_as_large_as_in_the_records(tmp_path, monkeypatch):
     folder = tmp_path / "runs"
     monkeypatch.setenv("REPRO_RUNS", str(folder))
-    with pytest.raises(ReproError, match="nothing was measured twice with 10,000 samples"):
+    with pytest.raises(ReproError, match="none of the runs is recorded: train them"):
         render.render("sec4_4_seeds", out=tmp_path / "paper")
     for arm in presets.SEEDED:
         for suffix, luck in (("", 1.0), ("-seed1", 1.05), ("-seed2", 1 / 1.05)):
             made_up_arm(folder, arm, suffix, luck, 0.1)
+    with pytest.raises(
+        ReproError, match="nothing was measured twice with 50 samples: .* evaluate lab/imagenet64-x0"
+    ):
+        render.render("sec4_4_seeds", out=tmp_path / "paper", overrides={"samples": 50, "output": "other"})
     render.render("sec4_4_seeds", out=tmp_path / "paper")
     found = json.loads((tmp_path / "paper" / "values" / "sec4_4_seeds.json").read_text())["values"]
     assert sorted(found["training"]) == sorted(presets.SEEDED) and len(found["sampling"]) == 2
@@ -306,3 +310,11 @@ def test_each_source_of_variation_is_as_large_as_in_the_records(tmp_path, monkey
     shares = [found["shares"][source] for source in ("sampling", "training", "reference")]
     assert shares == pytest.approx(parts / parts.sum(), rel=1e-3)
     assert found["jackknife_of_samples"] == pytest.approx(0.02, rel=1e-4)
+
+    seed = folder / "lab" / "imagenet64-x0-constant-seed1"
+    other = runs.read_record(seed / "run.json")
+    runs.write_record(
+        seed, replace(other, config=replace(other.config, train=replace(other.config.train, lr=0.5)))
+    )
+    with pytest.raises(ReproError, match="train.lr"):
+        render.render("sec4_4_seeds", out=tmp_path / "paper")

@@ -68,7 +68,7 @@ def record(figures: Path) -> Path:
         ({"rows": "3"}, "parameter rows of draw.ipynb must be int, not '3' .str.; its default is 2"),
         ({"rows": 3.0}, "must be int, not 3.0 .float."),
         ({"rows": True}, "must be int, not True .bool."),
-        ({"recompute": 1}, "must be bool, not 1 .int."),
+        ({"recompute": 1}, "must be bool .true or false., not 1 .int."),
         ({"steps": "many"}, "must be int or none, not 'many'"),
         ({"run": None}, "must be str, not None"),
         ({"guidance": float("nan")}, "parameter guidance of draw.ipynb cannot be nan"),
