@@ -145,6 +145,9 @@ class SampleOptions:
     precision: Literal["fp32", "bf16"] = "fp32"
     record: bool = False
     """Draw the run's samples.png anew, and record it, instead of writing single images."""
+    settings: Path | None = None
+    """With --record: JSON file of a list of samplers, as `evaluate` takes it; beside samples.png, a row of
+    the images of --seeds is drawn and recorded for each."""
     device: Device = None
     """By default the GPU if there is one."""
 
@@ -166,6 +169,17 @@ def sample(name: str, arguments: list[str]) -> None:
         )
     _check_batch(options.batch)
     place = training.find_place(options.device)
+    if options.settings is not None and not options.record:
+        raise ReproError("--settings draws rows that are recorded: add --record")
+    if options.settings is not None:
+        record = recorded.record
+        for how in _sampler_settings(options, recorded.sample) if place.first else []:
+            record = training.record_further_samples(
+                recorded.path, record, range(first, end), place.device, how
+            )
+            file = recorded.path / record.further_samples[-1].file
+            print(f"recorded {file}: {_told(config.sample_json(how))}")
+        return
     if options.record:
         samples = recorded.record.samples
         grid = (samples.rows, samples.cols) if samples else (8, 8)
@@ -272,7 +286,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
                 files.append_line(recorded.path / "metrics.jsonl", line)
 
 
-def _sampler_settings(options: EvaluateOptions, own: config.Sample) -> list[config.Sample]:
+def _sampler_settings(options: EvaluateOptions | SampleOptions, own: config.Sample) -> list[config.Sample]:
     """The samplers to measure: the run's own, the one given, or those that the file `settings` lists."""
     if options.settings is None:
         return [options.sample, *(options.evaluate.also if options.sample == own else ())]

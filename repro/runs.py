@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 import tempfile
@@ -65,7 +66,7 @@ class DataUsed:
 
 @dataclass(frozen=True, config=config.strict)
 class Samples:
-    """The images of samples.png: row by row, sample seeds first_seed, first_seed + 1, ..."""
+    """The images of a file such as samples.png: row by row, sample seeds first_seed, first_seed + 1, ..."""
 
     file: str
     sha256: str
@@ -116,6 +117,8 @@ class Record:
     weights: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each weight file, of the main average and of further ones (see `weights_stem`)."""
     samples: Samples | None = None
+    further_samples: tuple[Samples, ...] = ()
+    """Images of the same weights drawn in other ways, one file each."""
     earlier: tuple[Session, ...] = ()
     """Parts of a resumed training that ran elsewhere or by other code; above stands the last one."""
 
@@ -224,11 +227,13 @@ class Run:
             raise ReproError(f"the weights of {self.name} do not fit its configuration: {error}") from error
         return built.to(device).eval().requires_grad_(False)
 
-    def samples(self) -> UInt8[np.ndarray, "n h w 3"]:
-        """The recorded sample images, uint8, in the order of their seeds; checked by hash."""
-        recorded = self.record.samples
-        if recorded is None:
-            raise ReproError(f"the run {self.name} was recorded without samples")
+    def samples(self, how: config.Sample | None = None) -> UInt8[np.ndarray, "n h w 3"]:
+        """The recorded sample images, uint8, in the order of their seeds; checked by hash.
+
+        how: by default samples.png, else those that were drawn so (`Record.further_samples`). Raises
+        `ReproError` where there are none, or the file is not the recorded one.
+        """
+        recorded = self.drawn(how)
         path = self.path / recorded.file
         if not path.exists() or files.sha256(path) != recorded.sha256:
             raise ReproError(
@@ -238,6 +243,18 @@ class Run:
         height, width = grid.shape[0] // recorded.rows, grid.shape[1] // recorded.cols
         tiles = grid.reshape(recorded.rows, height, recorded.cols, width, 3).swapaxes(1, 2)
         return tiles.reshape(-1, height, width, 3)
+
+    def drawn(self, how: config.Sample | None = None) -> Samples:
+        """What is recorded of the sample images drawn as `how` says, by default of samples.png."""
+        known = [samples for samples in (self.record.samples, *self.record.further_samples) if samples]
+        found = [samples for samples in known if how in (None, samples.sample)]
+        if (how is None and self.record.samples is None) or not found:
+            told = "" if how is None else f" drawn by {how.sampler} with {how.steps} steps and such settings"
+            raise ReproError(
+                f"the run {self.name} was recorded without samples{told}; python -m repro sample {self.name} "
+                f"--record draws and records them, with --settings in several ways"
+            )
+        return found[0]
 
     @property
     def sample(self) -> config.Sample:
@@ -256,21 +273,24 @@ class Run:
         images = list(sample.generate(denoiser, self.config, seeds, min(64, len(seeds)), device, sample=how))
         return torch.cat(images).permute(0, 2, 3, 1).cpu().numpy()
 
-    def check_samples(self, count: int, device: str | torch.device = "cpu") -> dict:
+    def check_samples(
+        self, count: int, device: str | torch.device = "cpu", how: config.Sample | None = None
+    ) -> dict:
         """Draw `count` of the recorded samples again and compare: is the record true?
 
-        The images checked are spread evenly over samples.png. Returns the largest of the images' mean
-        absolute differences, in grey levels of 255, the tolerance, and the seeds. Raises `ReproError`
-        where an image differs by more than `SAMPLE_TOLERANCE`, and for a count that there is not.
+        The images checked are spread evenly over samples.png, or those drawn as `how` says. Returns
+        the largest of the images' mean absolute differences, in grey levels of 255, the tolerance, and the
+        seeds. Raises `ReproError` where an image differs by more than `SAMPLE_TOLERANCE`, and for a count
+        that there is not.
         """
-        recorded = self.samples()
+        recorded, about = self.samples(how), self.drawn(how)
         if not 1 <= count <= len(recorded):
             raise ReproError(
                 f"{count} of the recorded samples cannot be checked: there are {len(recorded)}; give 1 to all"
             )
         chosen = [i * len(recorded) // count for i in range(count)]
-        seeds = [self.record.samples.first_seed + i for i in chosen]
-        drawn = self.draw(seeds, device=device).astype(float)
+        seeds = [about.first_seed + i for i in chosen]
+        drawn = self.draw(seeds, about.sample, device).astype(float)
         apart = np.abs(drawn - recorded[chosen]).mean(axis=(1, 2, 3))
         if apart.max() > SAMPLE_TOLERANCE:
             worst = seeds[int(apart.argmax())]
@@ -515,15 +535,23 @@ def forget_weights(path: Path, record: Record) -> Record:
     return record
 
 
-def save_samples(path: Path, images: UInt8[np.ndarray, "n h w 3"], rows: int, cols: int) -> str:
+def save_samples(
+    path: Path, images: UInt8[np.ndarray, "n h w 3"], rows: int, cols: int, name: str = "samples.png"
+) -> str:
     """Write rows * cols images as one PNG without gaps, atomically, and return its SHA-256."""
     n, height, width, _ = images.shape
     if n != rows * cols:
         raise ValueError(f"{n} images do not fill {rows} rows of {cols}")
     tiles = images.reshape(rows, cols, height, width, 3).swapaxes(1, 2)
     grid = Image.fromarray(tiles.reshape(rows * height, cols * width, 3))
-    files.replace_atomic(path / "samples.png", lambda temporary: grid.save(temporary, format="PNG"))
-    return files.sha256(path / "samples.png")
+    files.replace_atomic(path / name, lambda temporary: grid.save(temporary, format="PNG"))
+    return files.sha256(path / name)
+
+
+def further_samples_file(how: config.Sample) -> str:
+    """Name of the file of samples drawn as `how` says, beside samples.png."""
+    told = json.dumps(config.sample_json(how), sort_keys=True)
+    return f"samples-{hashlib.sha256(told.encode()).hexdigest()[:8]}.png"
 
 
 EXECUTION = (

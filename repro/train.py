@@ -899,24 +899,44 @@ def record_samples(
 
     grid: rows and columns; sample seeds 0, 1, ... how: by default as the run's configuration says.
     """
-    how = how or record.config.sample
+    samples = _draw_samples(
+        out, grid, range(grid[0] * grid[1]), how or record.config.sample, device, "samples.png"
+    )
+    record = replace(record, samples=samples)
+    runs.write_record(out, record)
+    return record
+
+
+def record_further_samples(
+    out: Path, record: runs.Record, seeds: range, device: torch.device, how: config.Sample
+) -> runs.Record:
+    """Draw a row of images, one a seed, as `how` says, and return the record that names it too.
+
+    In float32, from the weights as recorded; in the place of a row that was drawn so before.
+    """
+    samples = _draw_samples(out, (1, len(seeds)), seeds, how, device, runs.further_samples_file(how))
+    others = tuple(other for other in record.further_samples if other.sample != how)
+    record = replace(record, further_samples=(*others, samples))
+    runs.write_record(out, record)
+    return record
+
+
+def _draw_samples(
+    out: Path, grid: tuple[int, int], seeds: range, how: config.Sample, device: torch.device, name: str
+) -> runs.Samples:
     rows, cols = grid
-    images = runs.load_run(out).draw(range(rows * cols), how, device)
-    image_hash = runs.save_samples(out, images, rows, cols)
-    samples = runs.Samples(
-        file="samples.png",
-        sha256=image_hash,
+    images = runs.load_run(out).draw(seeds, how, device)
+    return runs.Samples(
+        file=name,
+        sha256=runs.save_samples(out, images, rows, cols, name),
         rows=rows,
         cols=cols,
-        first_seed=0,
+        first_seed=seeds[0],
         sample=how,
         precision="fp32",
         device=evaluate.device_name(device),
         code=provenance.code_version("import repro.train"),
     )
-    record = replace(record, samples=samples)
-    runs.write_record(out, record)
-    return record
 
 
 def versions() -> dict[str, str]:

@@ -16,6 +16,7 @@ from PIL import Image
 from repro import evaluate as evaluation
 from repro import paper, runs
 from repro.__main__ import main
+from repro.files import ReproError
 from repro.presets import PRESETS
 
 PROJECT = Path(__file__).parents[1]
@@ -132,6 +133,39 @@ def test_sample_record_draws_the_grid_anew_and_records_how(copied):
     assert new.samples().shape == (6, 64, 64, 3)
     assert new.check_samples(2)["seeds"] == [0, 3]  # its hash, and that the weights draw these images
     assert new.record.weights == old.record.weights and new.record.config == old.record.config
+
+
+def test_sample_records_rows_drawn_in_several_ways(copied, tmp_path, capsys):
+    settings = tmp_path / "ways.json"
+    settings.write_text('[{"steps": 3}, {"sampler": "ancestral", "steps": 4, "eta": 1}]')
+    command = ["sample", NAME, "--seeds", "5", "8", "--settings", str(settings), "--device", "cpu"]
+    before = runs.load_run(NAME).record
+    assert main(command) == 1
+    assert "add --record" in capsys.readouterr().err
+    for _ in range(2):  # a second time in the place of the first
+        assert main([*command, "--record"]) == 0
+    out = capsys.readouterr().out
+    run = runs.load_run(NAME)
+    three, ancestral = run.record.further_samples
+    assert dataclasses.replace(run.record, further_samples=()) == before
+    assert (three.sample.steps, ancestral.sample.sampler, ancestral.first_seed) == (3, "ancestral", 5)
+    assert three.file != ancestral.file and f"{ancestral.file}: steps 4, sampler ancestral" in out
+    for way in (three, ancestral):
+        assert run.samples(way.sample).shape == (3, 64, 64, 3)
+        np.testing.assert_array_equal(run.samples(way.sample), run.draw(range(5, 8), way.sample))
+        assert run.check_samples(2, how=way.sample)["seeds"] == [5, 6]
+    assert len(run.samples()) == before.samples.rows * before.samples.cols
+
+    (copied / three.file).write_bytes((copied / ancestral.file).read_bytes())
+    with pytest.raises(ReproError, match=f"{three.file} is missing or not the file that was recorded"):
+        run.samples(three.sample)
+    with pytest.raises(ReproError, match=f"without samples drawn by {three.sample.sampler} with 9 steps"):
+        run.samples(dataclasses.replace(three.sample, steps=9))
+    # a row that its weights do not draw is found out
+    false = dataclasses.replace(three, sha256=ancestral.sha256)
+    runs.write_record(copied, dataclasses.replace(run.record, further_samples=(false, ancestral)))
+    with pytest.raises(ReproError, match="are not what its weights draw"):
+        runs.load_run(NAME).check_samples(1, how=three.sample)
 
 
 def test_evaluate_prints_and_records_unless_told_not_to(copied, home, capsys):
