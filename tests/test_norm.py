@@ -32,6 +32,24 @@ def found():
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def test_a_kernel_finds_what_it_names_beside_it():
+    """Triton, compiling, looks a name up where its function is from: not if the tests' checks wrapped it."""
+    if norm_kernels is None:
+        pytest.skip("Triton is not installed: `make kernels` adds it")
+    kernels = [each for each in vars(norm_kernels).values() if isinstance(each, triton_function())]
+    assert len(kernels) > 10
+    for kernel in kernels:
+        assert kernel.fn.__globals__ is vars(norm_kernels)
+    assert GroupNorm.forward.__globals__["__name__"].startswith("jaxtyping")  # others are checked
+
+
+def triton_function():
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    return JITFunction, InterpretedFunction
+
+
 @pytest.mark.parametrize("case", FLOAT32)
 def test_the_kernels_and_their_gradients_are_exact_to_float32(found, case):
     assert max(found[case]) < 1e-5
