@@ -170,7 +170,7 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
     assert way["paired"] == pytest.approx([1.5 * np.exp(-half), 1.5 * np.exp(half)], rel=1e-4)
     at = values["speed_up_at"]["x0"]  # at all distances the same, all curves being lines
     assert at["ratios"] == pytest.approx([1.5] * 40, rel=1e-4) and at["distances"][-1] < at["distances"][0]
-    np.testing.assert_allclose(at["intervals"], [way["interval"]] * 40, rtol=1e-4)
+    np.testing.assert_allclose(at["intervals"], [way["paired"]] * 40, rtol=1e-4)  # the wider one
     assert values["speed_up_at"]["v"]["intervals"] == [None] * len(values["speed_up_at"]["v"]["ratios"])
     deviation = 0.8 * np.log(1.02) / np.sqrt(2)
     assert values["noise"]["same_training_seed_trained_twice"] == pytest.approx(
