@@ -104,6 +104,37 @@ def targets(ways: Mapping[str, Sequence[Curve]], count: int) -> np.ndarray:
     return np.geomspace(first, best, count + 1)[1:] if best < first else np.empty(0)
 
 
+def speed_ups(
+    ways: Mapping[str, Sequence[Curve]],
+    fast: str,
+    slow: str,
+    count: int,
+    confidence: float = 0.95,
+    paired: bool = False,
+) -> list[SpeedUp]:
+    """`speed_up` at each of `count` `targets` of the two where there is one.
+
+    paired: whether their curves are of the same seeds, in the same order; then each interval reaches as far
+    as Welch's and that of pairs together, and its verdict is what both say.
+    """
+    both = {way: ways[way] for way in (fast, slow)}
+    found = []
+    for target in targets(both, count):
+        one = speed_up(both, fast, slow, target, confidence)
+        if one and paired:
+            other = speed_up(both, fast, slow, target, confidence, paired=True)
+            low, high = min(one.low, other.low), max(one.high, other.high)
+            one = replace(one, low=low, high=high, verdict=_agreed(one, other))
+        if one:
+            found.append(one)
+    return found
+
+
+def _agreed(one: SpeedUp, other: SpeedUp | None) -> str:
+    """The verdict of both intervals; `undecided` where they differ."""
+    return one.verdict if other is None or other.verdict == one.verdict else "undecided"
+
+
 def common_target(ways: Mapping[str, Sequence[Curve]], share: float = 1.0) -> float:
     """A distance that all curves reach: the worst of their best values, over `share` in (0, 1].
 
@@ -140,33 +171,6 @@ def leads_from(fast: Sequence[Curve], slow: Sequence[Curve]) -> float | None:
     return float(images[after]) if after < len(images) else None
 
 
-def speed_ups(
-    ways: Mapping[str, Sequence[Curve]],
-    fast: str,
-    slow: str,
-    count: int,
-    confidence: float = 0.95,
-    paired: bool = False,
-) -> list[SpeedUp]:
-    """`speed_up` at each of `count` `targets` of the two where there is one.
-
-    paired: whether their curves are of the same seeds, in the same order; then each interval reaches as far
-    as Welch's and that of pairs together, and its verdict is what both say.
-    """
-    both = {way: ways[way] for way in (fast, slow)}
-    found = []
-    for target in targets(both, count):
-        one = speed_up(both, fast, slow, target, confidence)
-        if one and paired:
-            other = speed_up(both, fast, slow, target, confidence, paired=True)
-            verdict = one.verdict if one.verdict == other.verdict else "undecided"
-            low, high = min(one.low, other.low), max(one.high, other.high)
-            one = replace(one, low=low, high=high, verdict=verdict)
-        if one:
-            found.append(one)
-    return found
-
-
 @dataclass(frozen=True)
 class Pair:
     """All that is said of one way of training beside another (see `pair`)."""
@@ -193,10 +197,7 @@ class Pair:
     @property
     def verdict(self) -> str | None:
         """What both intervals say; `undecided` where they do not agree, none without an interval."""
-        if not self.sure:
-            return None
-        said = {found.verdict for found in (self.speed_up, self.paired) if found}
-        return said.pop() if len(said) == 1 else "undecided"
+        return _agreed(self.speed_up, self.paired) if self.sure else None
 
     def cells(self) -> dict[str, str]:
         """What a table shows of the pair."""
