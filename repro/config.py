@@ -168,6 +168,11 @@ class Sample:
     """Recorded run of a noisy classifier that guides too, such as lab/imagenet64-classifier."""
     classifier_scale: Annotated[float, Field(ge=0)] = 0.0
     """What its gradient is multiplied by; 0 is off."""
+    low_noise: str | None = None
+    """Recorded run whose network (its main average) takes the place of the run's own where sigma is below
+    low_noise_below: at which noise levels is one of the two better?"""
+    low_noise_below: Annotated[float, Field(ge=0)] = 0.0
+    """A noise level, sigma; 0 is off."""
 
     @model_validator(mode="after")
     def _no_option_without_effect(self):
@@ -183,6 +188,8 @@ class Sample:
             raise ValueError("guidance 1 is off: a guidance_interval has no effect on it")
         if (self.classifier is None) != (self.classifier_scale == 0):
             raise ValueError("classifier and classifier_scale are given together")
+        if (self.low_noise is None) != (self.low_noise_below == 0):
+            raise ValueError("low_noise and low_noise_below are given together")
         if self.steps < 2:
             raise ValueError(f"a sampler needs at least 2 steps, not {self.steps}")
         unused = {name: getattr(Sample, name) for name in ("sigma_min", "sigma_max", "rho")}  # the defaults

@@ -504,7 +504,8 @@ def evaluate(
         "steps": run.sample.steps,
         "evaluations": sample.evaluations(run.sample, levels),
         "guidance": run.sample.guidance,
-        "classifier": _classifier_used(run.sample),
+        "classifier": _used(run.sample.classifier),
+        "low_noise": _used(run.sample.low_noise),
         "sample": config.sample_json(run.sample),
         "precision": precision,
         "reference": known.describe(),
@@ -531,13 +532,11 @@ def evaluate(
     return lines
 
 
-def _classifier_used(how: config.Sample) -> dict | None:
-    """The classifier that guided, with the hashes of its weights."""
+def _used(other: str | None) -> dict | None:
+    """Another recorded run that sampling needed, with the hashes of its weights."""
     from repro import runs  # which needs more than evaluations do
 
-    if how.classifier is None:
-        return None
-    return {"run": how.classifier, "weights": runs.load_run(how.classifier).record.weights}
+    return other and {"run": other, "weights": runs.load_run(other).record.weights}
 
 
 # By noise level -----------------------------------------------------------------------------------

@@ -84,6 +84,21 @@ def classifier(
     return guided
 
 
+def below(denoise: LabelledDenoiser, low: LabelledDenoiser, sigma_below: float) -> LabelledDenoiser:
+    """`low` where sigma < sigma_below and `denoise` elsewhere: two networks that share the noise levels.
+
+    As the expert denoisers of eDiff-I (Balaji et al. 2022), here to see at which noise levels one network is
+    better than the other. sigma must be one number for the whole batch, as samplers give it.
+    """
+
+    def switched(
+        x: Float[Tensor, "n c h w"], sigma: Float[Tensor, ""], labels: Int[Tensor, " n"] | None
+    ) -> Float[Tensor, "n c h w"]:
+        return (low if float(sigma) < sigma_below else denoise)(x, sigma, labels)
+
+    return switched
+
+
 def interval(
     inside: LabelledDenoiser, outside: LabelledDenoiser, low: float, high: float
 ) -> LabelledDenoiser:

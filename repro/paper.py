@@ -386,6 +386,8 @@ def describe_sampler(sample: dict) -> str:
         guidance += f", classifier {sample['classifier']} × {sample['classifier_scale']:g}"
     if sample.get("clip"):
         guidance = f", clipped{guidance}"
+    if sample.get("low_noise"):
+        guidance += f", below σ = {sample['low_noise_below']:g} by {sample['low_noise']}"
     if sample.get("grid") == "uniform":
         steps = " + ".join(str(n) for n in sample["grid_sections"] or [sample["steps"]])
         return f"{name}, {steps} uniform timesteps{guidance}"

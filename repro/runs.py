@@ -309,7 +309,7 @@ class Run:
         samples: how many were drawn; by default as the run's configuration says. ema: half-life in images of
         the average that was measured; by default the main one. Only lines with the run's own feature network,
         first seed and precision; of several at the same number of images, the last. Raises `ReproError` where
-        classifiers of different weights guided them, and where the run keeps no such average.
+        other runs (a classifier, say) of different weights took part, and where it keeps no such average.
         """
         own = self.config.evaluate.first_seed
         last = {
@@ -317,12 +317,12 @@ class Run:
             for line in self._measured(how, samples or self.config.evaluate.samples, ema)
             if line["first_seed"] == own
         }
-        guides = {json.dumps(line.get("classifier"), sort_keys=True) for line in last.values()}
-        if len(guides) > 1:
-            raise ReproError(
-                f"{self.path / 'metrics.jsonl'} has distances of {how.classifier} with different weights, "
-                f"which are no curve; measure them again (python -m repro evaluate {self.name})"
-            )
+        for other in ("classifier", "low_noise"):
+            if len({json.dumps(line.get(other), sort_keys=True) for line in last.values()}) > 1:
+                raise ReproError(
+                    f"{self.path / 'metrics.jsonl'} has distances of {getattr(how, other)} with different "
+                    f"weights, which are no curve; measure them again (python -m repro evaluate {self.name})"
+                )
         return [last[images] for images in sorted(last)]
 
     def curve(self, how: config.Sample, ema: float | None = None) -> tuple[list[int], list[float]]:
@@ -338,6 +338,7 @@ class Run:
 
         def samples(line: dict) -> tuple:
             keys = ("images", "ema_halflife_images", "first_seed", "features", "precision", "classifier")
+            keys += ("low_noise",)
             return config.sample_from_json(line["sample"]), *map(line.get, keys)
 
         same = [other for other in self.metrics if "sample" in other and samples(other) == samples(line)]

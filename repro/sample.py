@@ -99,33 +99,56 @@ def labels_for(seeds: Sequence[int], classes: int) -> Int[Tensor, " n"]:
 
 
 def guided(denoiser: Denoiser, sample: config.Sample) -> guidance.LabelledDenoiser:
-    """The denoiser under the guidance that `sample` asks for."""
+    """The denoiser under the guidance that `sample` asks for, with the network for low noise that it names.
+
+    Raises `ReproError` where one that it names is not recorded, or does not fit.
+    """
     net = getattr(denoiser.net, "_orig_mod", denoiser.net)
     null_label = net.classes if net.classes and net.null_class else None
-    inside = guidance.cfg(denoiser, sample.guidance, null_label)
+    compiled = hasattr(denoiser.net, "_orig_mod")
+    device = next(denoiser.net.parameters()).device if sample.classifier or sample.low_noise else None
+    plain = denoiser
+    if sample.low_noise is not None:
+        low = _recorded(sample.low_noise, _hashes(sample.low_noise), device, compiled)
+        theirs = getattr(low.net, "_orig_mod", low.net)
+        if (theirs.classes, theirs.null_class) != (net.classes, net.null_class):
+            raise ReproError(
+                f"{sample.low_noise} cannot take the place of this network: it has {theirs.classes} classes"
+                f"{' and a null class' if theirs.null_class else ''}, this one {net.classes}"
+                f"{' and a null class' if net.null_class else ''}"
+            )
+        plain = guidance.below(denoiser, low, sample.low_noise_below)
+    inside = guidance.cfg(plain, sample.guidance, null_label)
     if sample.guidance_interval is not None and sample.guidance != 1:
-        inside = guidance.interval(inside, denoiser, *sample.guidance_interval)
+        inside = guidance.interval(inside, plain, *sample.guidance_interval)
     if sample.clip:  # before the classifier, as ADM does
         inside = guidance.clip(inside)
     if sample.classifier is None:
         return inside
-    from repro import runs  # which imports this module
-
-    device = next(denoiser.net.parameters()).device
-    compiled = hasattr(denoiser.net, "_orig_mod")
-    hashes = tuple(runs.load_run(sample.classifier).record.weights.items())
-    found = _classifier(sample.classifier, hashes, device, compiled)
+    found = _recorded(sample.classifier, _hashes(sample.classifier), device, compiled, True)
     return guidance.classifier(inside, found, sample.classifier_scale)
 
 
+def _hashes(name: str) -> tuple[tuple[str, str], ...]:
+    """Of the weights of the recorded run of that name."""
+    from repro import runs  # which imports this module
+
+    return tuple(runs.load_run(name).record.weights.items())
+
+
 @lru_cache(maxsize=4)
-def _classifier(
-    name: str, hashes: tuple[tuple[str, str], ...], device: torch.device, compiled: bool
-) -> classifier.Classifier:
-    """A recorded classifier with those weights, compiled where the network that it guides is."""
+def _recorded(
+    name: str,
+    hashes: tuple[tuple[str, str], ...],
+    device: torch.device,
+    compiled: bool,
+    classifying: bool = False,
+) -> Denoiser | classifier.Classifier:
+    """A recorded denoiser or classifier with those weights, compiled where the network beside it is."""
     from repro import runs
 
-    found = runs.load_run(name).classifier(device)
+    run = runs.load_run(name)
+    found = run.classifier(device) if classifying else run.denoiser(device)
     if not compiled:
         return found
     return found.with_net(runs.compiled(found.net.to(memory_format=torch.channels_last)))
@@ -207,7 +230,7 @@ def generate(
     by default drawn from the seeds. Every batch has exactly `batch` images, the last one filled up by
     repeating its last seed and cut again, since a compiled network has fixed shapes. cuda_graphs: on a GPU,
     replay network and guidance as a CUDA graph; worth it from some ten steps on. Without effect on a limited
-    guidance interval, which looks at sigma.
+    guidance interval and on another network of low noise, which look at sigma.
     """
     if precision not in ("fp32", "bf16"):
         raise ReproError(f"unknown precision {precision!r}; known are fp32, bf16")
@@ -217,7 +240,8 @@ def generate(
     if labels is None and run.data.classes:
         labels = labels_for(seeds, run.data.classes)
     labelled = guided(denoiser, sample)
-    if cuda_graphs and torch.device(device).type == "cuda" and sample.guidance_interval is None:
+    looks_at_sigma = sample.guidance_interval is not None or sample.low_noise is not None
+    if cuda_graphs and torch.device(device).type == "cuda" and not looks_at_sigma:
         labelled = captured(labelled)
     stochastic = sample.sampler == "euler_maruyama" or sample.eta > 0 or sample.churn > 0
     for first in range(0, len(seeds), batch):

@@ -16,6 +16,13 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)
 
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Within a test no annotation is checked: torch.compile, asked for one graph, cannot trace the checks."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

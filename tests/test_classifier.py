@@ -65,7 +65,7 @@ def home(tmp_path_factory):
         train.train(CLASSIFIER, folder / "runs" / "lab" / "tells", "cpu")
         train.train(DRAWS, folder / "runs" / "lab" / "draws", "cpu", grid=(1, 2))
         yield folder
-        sample._classifier.cache_clear()
+        sample._recorded.cache_clear()
 
 
 def released_classifier() -> dict:
@@ -352,6 +352,65 @@ def test_a_classifier_of_other_weights_is_another_one(home):
     files.append_line(mixed / "metrics.jsonl", lines[0])
     with pytest.raises(ReproError, match="different weights, which are no curve"):
         runs.load_run(mixed).distances(GUIDED)
+
+
+def test_a_recorded_network_takes_over_where_noise_is_low(home):
+    """Everywhere, nowhere, and from a step on, which no network of the two draws alone."""
+    path = home / "runs" / "lab" / "other"
+    train.train(changed(DRAWS, name="lab/other", train=dataclasses.replace(HOW, seed=1)), path, "cpu")
+    own, other = runs.load_run("lab/draws").denoiser(), runs.load_run("lab/other").denoiser()
+
+    def images(denoiser, **options):
+        how = dataclasses.replace(DRAWS.sample, **options)
+        return next(sample.generate(denoiser, DRAWS, [0, 1], 2, "cpu", sample=how))
+
+    switched = {sigma: images(own, low_noise="lab/other", low_noise_below=sigma) for sigma in (1e-3, 1, 1e3)}
+    assert torch.equal(switched[1e-3], images(own)) and torch.equal(switched[1e3], images(other))
+    assert not torch.equal(switched[1], switched[1e-3]) and not torch.equal(switched[1], switched[1e3])
+    assert torch.equal(images(own, low_noise="lab/draws", low_noise_below=1.0), images(own))
+    how = dataclasses.replace(DRAWS.sample, low_noise="lab/other", low_noise_below=1.0)
+    assert torch.equal(
+        torch.from_numpy(runs.load_run("lab/draws").draw([0, 1], how)), switched[1].permute(0, 2, 3, 1)
+    )
+
+
+def test_what_another_network_drew_says_which_weights_it_had(home):
+    how = dataclasses.replace(DRAWS.sample, low_noise="lab/draws", low_noise_below=1.0)
+    run, fingerprint = changed(DRAWS, sample=how), data.verify("grey")
+    recorded = runs.load_run("lab/draws")
+    (line,) = evaluate.evaluate(recorded.denoiser(), run, fingerprint, 16, "cpu", "fp32", 4)
+    assert line["low_noise"] == {"run": "lab/draws", "weights": recorded.record.weights}
+    assert config.sample_from_json(line["sample"]) == how
+    mixed = home / "lower"
+    shutil.copytree(recorded.path, mixed)
+    files.append_line(mixed / "metrics.jsonl", line)
+    assert [m["value"] for m in runs.load_run(mixed).distances(how)] == [line["value"]]
+    assert line["value"] not in [m["value"] for m in runs.load_run(mixed).distances(DRAWS.sample)]
+    files.append_line(mixed / "metrics.jsonl", {**line, "images": 8, "low_noise": {"weights": {"w": "0"}}})
+    with pytest.raises(ReproError, match="distances of lab/draws with different weights"):
+        runs.load_run(mixed).distances(how)
+
+
+def test_a_network_that_cannot_take_over_is_refused(home):
+    def with_low_noise(name, **changes):
+        how = dataclasses.replace(DRAWS.sample, low_noise=name, low_noise_below=1.0)
+        return changed(DRAWS, evaluate=Evaluate(at=(8,), samples=4, also=(how,)), **changes)
+
+    with pytest.raises(ReproError, match="there is no recorded run lab/none"):
+        train.train(with_low_noise("lab/none"), home / "unfit", "cpu")
+    with pytest.raises(ReproError, match="lab/tells is a classifier: it draws no images"):
+        train.train(with_low_noise("lab/tells"), home / "unfit", "cpu")
+    unlabelled = with_low_noise("lab/draws", data=Data("grey"))
+    with pytest.raises(ReproError, match="has 2 classes and a null class, this one 0"):
+        list(
+            sample.generate(
+                runs.build(unlabelled), unlabelled, [0], 1, "cpu", sample=unlabelled.evaluate.also[0]
+            )
+        )
+    with pytest.raises(ValidationError, match="low_noise and low_noise_below are given together"):
+        Sample(low_noise="lab/draws")
+    with pytest.raises(ValidationError, match="low_noise and low_noise_below are given together"):
+        Sample(low_noise_below=1.0)
 
 
 def test_a_val_split_of_other_classes_is_refused(home):

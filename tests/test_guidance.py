@@ -108,6 +108,30 @@ def test_samplers_never_know():
     torch.testing.assert_close(with_labels, without, rtol=1e-9, atol=1e-9)
 
 
+# Another network for low noise
+
+
+def test_the_flow_is_that_of_one_network_down_to_a_level_and_of_the_other_below_it():
+    """Both flows are known in closed form; the level itself still belongs to the first."""
+    above, below = Gaussian(0.7, 0.3), Gaussian(-0.4, 0.1)
+    sigmas = schedules.karras_grid(1e-3, 20.0, 400)
+    at = float(sigmas[200])
+    both = guidance.below(lambda x, s, _: above.denoise(x, s), lambda x, s, _: below.denoise(x, s), at)
+    found = samplers.heun(lambda x, s: both(x, s, None), 20 * X, sigmas)
+    expected = below.flow(above.flow(20 * X, 20.0, at), at, 0.0)
+    torch.testing.assert_close(found, expected, rtol=0, atol=5e-3)  # the step from that level asks both
+    assert torch.equal(both(X, f64(at), None), above.denoise(X, f64(at)))
+    assert torch.equal(both(X, f64(at * (1 - 1e-12)), None), below.denoise(X, f64(at * (1 - 1e-12))))
+
+
+def test_guidance_is_that_of_the_network_which_has_its_turn():
+    below = denoiser.Denoiser(ExactNet(Mixture(means=(-1.0, 0.0, 1.0)), "v"), schedules.EDM(), denoiser.V)
+    guided = guidance.cfg(guidance.below(labelled(), below, 0.5), 2.0, NULL)
+    for sigma, own in ((0.5, labelled()), (0.4, below)):
+        expected = guidance.cfg(own, 2.0, NULL)(X, f64(sigma), LABELS)
+        assert torch.equal(guided(X, f64(sigma), LABELS), expected)
+
+
 # A classifier
 
 PIXELS = torch.linspace(-3, 3, 25, dtype=torch.float64).view(25, 1, 1, 1)

@@ -285,6 +285,10 @@ def test_a_metric_says_what_it_measures():
             Sample(sampler="ancestral", eta=1.0, steps=50, grid="uniform", grid_sections=(40, 10)),
             "ancestral, 40 + 10 uniform timesteps",
         ),
+        (
+            Sample(low_noise="lab/other", low_noise_below=0.45),
+            "Heun, 18 steps from σ = 80, below σ = 0.45 by lab/other",
+        ),
     ],
 )
 def test_a_sampler_in_a_few_words(sample, text):

@@ -383,10 +383,32 @@ def test_noise_in_inference_mode():
         torch.testing.assert_close(sample.SeedNoise([0, 1], (3, 8, 8))(), expected, rtol=0, atol=0)
 
 
+def test_compiled_networks_draw_what_they_draw_uncompiled(monkeypatch, unchecked):
+    """A recorded network and the classifier whose gradient guides it, traced as one graph each."""
+    traced = []
+
+    def eager(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(
+        runs, "compiled", lambda net: torch.compile(net, dynamic=False, fullgraph=True, backend=eager)
+    )
+    recorded = runs.load_run("lab/imagenet64-x0-minsnr5")
+    how = dataclasses.replace(recorded.config.evaluate.also[0], steps=3)
+    assert how.classifier
+    plain, D = recorded.denoiser(), recorded.denoiser()
+    D.net = runs.compiled(D.net)
+    one, other = (
+        next(sample.generate(net, recorded.config, [0, 1], 2, "cpu", sample=how)) for net in (plain, D)
+    )
+    assert (one.int() - other.int()).abs().max() <= 1 and len(traced) == 2
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_sampling_by_a_cuda_graph_is_sampling(precision, compiled):
+def test_sampling_by_a_cuda_graph_is_sampling(precision, compiled, unchecked):
     """Of a recorded network, with its classifier and without: two batches, the last not whole."""
     recorded = runs.load_run("lab/imagenet64-x0-minsnr5")
     D = recorded.denoiser("cuda")
