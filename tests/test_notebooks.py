@@ -204,7 +204,10 @@ def test_the_ablation_without_a_classifier(tmp_path, monkeypatch):
 
 
 def made_up_edm(folder, end, scales, error, images=(5e5, 1e6, 2e6, 4e6)):
-    """A record of a run of Figure 2: each average's distance falls as a power of images, scaled in images."""
+    """A record of a run of Figure 2: each average's distance falls as a power of images, scaled in images.
+
+    Returns a line of its metrics.
+    """
     source = runs.load_run("lab/imagenet64-x0-constant", runs.RECORDED)
     known = presets.preset(f"lab/imagenet64-edm{end}")
     record = replace(source.record, config=known, images=int(images[-1]), weights={}, samples=None)
@@ -224,6 +227,14 @@ def made_up_edm(folder, end, scales, error, images=(5e5, 1e6, 2e6, 4e6)):
         lines.append({**level, "images": int(images[-1]), "errors": [error] * len(level["errors"])})
     for one in lines:
         files.append_line(folder / known.name / "metrics.jsonl", one)
+    return line
+
+
+def lower_network(line, other, level, value, weights):
+    """The line of a run's metrics where the network of `other` drew below a noise level."""
+    way = {**line["sample"], "low_noise": f"lab/imagenet64-{other}", "low_noise_below": level}
+    used = {"run": way["low_noise"], "weights": weights}
+    return {**line, "images": 4_000_000, "value": value, "sample": way, "low_noise": used}
 
 
 def test_figure_2_finds_the_speed_up_of_each_average(tmp_path, monkeypatch):
@@ -234,13 +245,17 @@ def test_figure_2_finds_the_speed_up_of_each_average(tmp_path, monkeypatch):
     figures = tmp_path / "paper" / "figures.toml"
     figures.write_text('[fig2_edm]\nnotebook = "notebooks/fig2_edm.ipynb"\ntime_limit = 300\n')
     monkeypatch.setenv("REPRO_RUNS", str(folder))
-    made_up_edm(folder, "", (1.5, 1.0), 0.2)
+    line = made_up_edm(folder, "", (1.5, 1.0), 0.2)
     with pytest.raises(ReproError, match="EDM and an arm beside it are not recorded"):
         render.render("fig2_edm", figures)
     made_up_edm(folder, "-seed1", (1.5 * 1.02, 1.02), 0.2)
     made_up_edm(folder, "-minsnr", (1.0, 1.2), 0.1)
     made_up_edm(folder, "-minsnr-seed1", (1.02, 1.2 * 1.02), 0.1)
     made_up_edm(folder, "-minsnr20", (1.5 * 1.5, 1.5), 0.3)
+    metrics = {run: folder / "lab" / f"imagenet64-{run}" / "metrics.jsonl" for run in ("edm", "edm-minsnr")}
+    for level, value in ((2.0, 70.0), (0.1, 80.0)):
+        files.append_line(metrics["edm"], lower_network(line, "edm-minsnr", level, value, {}))
+        files.append_line(metrics["edm-minsnr"], lower_network(line, "edm", level, 180 - value, {}))
     render.render("fig2_edm", figures)
     values = json.loads((tmp_path / "paper" / "values" / "fig2_edm.json").read_text())["values"]
     main, longer = (values["speed_ups"][key] for key in ("80000", "320000"))
@@ -252,6 +267,10 @@ def test_figure_2_finds_the_speed_up_of_each_average(tmp_path, monkeypatch):
     assert main["Min-SNR-5"]["interval"] == pytest.approx([1.5 * np.exp(-half), 1.5 * np.exp(half)], rel=1e-4)
     assert values["verdict_is_the_same_for_each_average"] == {"Min-SNR-5": False}
     assert (values["missing"], values["runs"]) == (["Min-SNR-1"], 5)
+    assert values["switched"] == {
+        "EDM, Min-SNR-5 below": {"sigma": [0.1, 2.0], "value": [80.0, 70.0]},
+        "Min-SNR-5, EDM below": {"sigma": [0.1, 2.0], "value": [100.0, 110.0]},
+    }
     # E[min(1, gamma sigma^2)] for ln sigma ~ N(m, s^2), by the normal distribution
     m, s = -1.2, 1.2
     for arm, gamma in (("Min-SNR-1", 1), ("Min-SNR-5", 5), ("Min-SNR-20", 20)):
@@ -262,6 +281,10 @@ def test_figure_2_finds_the_speed_up_of_each_average(tmp_path, monkeypatch):
     ends = {key: np.exp(m + s * stats.norm.ppf(q)) for key, q in (("from_σ", 0.05), ("to_σ", 0.95))}
     expected = {"mean_weight": 1, "median_σ": np.exp(m), **ends}
     assert values["trained_levels"]["EDM"] == pytest.approx(expected, rel=1e-3)
+
+    files.append_line(metrics["edm"], lower_network(line, "edm-minsnr", 0.5, 75.0, {"of": "others"}))
+    with pytest.raises(ReproError, match="other weights of lab/imagenet64-edm-minsnr than those recorded"):
+        render.render("fig2_edm", figures)
 
 
 def test_notebooks_hold_no_outputs_functions_or_classes():
