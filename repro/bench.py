@@ -1,6 +1,7 @@
 """How fast a network trains and samples on this GPU, and where the time of a step goes.
 
     python -m repro.bench --out paper/bench/unet64.json
+    python -m repro.bench --out paper/bench/sampling.json --variants "ViT-L/4" "lab ViT" "lab UNet"
 
 All variants are compiled at once; then each is timed in a process of its own, one after the other, so
 that nothing disturbs how cuDNN chooses its plans. FLOPs are those of the network as defined, however it
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from repro import config, cuda_graph, evaluate, files, presets, provenance, runs, train
+from repro import config, cuda_graph, evaluate, files, presets, provenance, runs, sample, schedules, train
 from repro.models.norm import GroupNorm, added
 from repro.models.unet import InputConvolution, OutputConvolution, Resample
 
@@ -57,6 +58,21 @@ VARIANTS = {
     "prototype, plain": Variant(PROTOTYPE, plain=True, batch=512, forward=False),
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
     "lab": Variant(_lab, cuda_graphs=True),
+}
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is measured of sampling: a preset's network, with random weights, drawing as the preset says."""
+
+    preset: str
+    batch: int
+
+
+SAMPLING = {
+    "ViT-L/4": Sampling("paper/imagenet64-vit", 256),
+    "lab ViT": Sampling("lab/imagenet64-vit", 500),
+    "lab UNet": Sampling("lab/imagenet64-unet", 500),
 }
 
 
@@ -273,21 +289,96 @@ def measure(name: str, only_compile: bool = False) -> dict:
     }
 
 
+def images_through_the_network(run: config.Config) -> int:
+    """How many images pass through the network for each that is drawn as `run.sample` says."""
+    levels = len(schedules.grid_for(schedules.from_config(run.schedule), run.sample)) - 1
+    return sample.evaluations(run.sample, levels) * (1 if run.sample.guidance == 1 else 2)
+
+
+def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) -> dict:
+    """Time forward passes, drawing, and drawing with the features that a distance needs, in bfloat16.
+
+    Of batches of images in turn on one GPU, network and guidance as one CUDA graph. Images a second are over
+    all `batches`, from noise to uint8 images; those with features in float32 as `evaluate` takes them.
+    """
+    how = SAMPLING[name]
+    run = presets.preset(how.preset)
+    torch.backends.cudnn.benchmark = not only_compile
+    torch.backends.cudnn.benchmark_limit = run.train.cudnn_plans
+    train.find_place("cuda")
+    torch.manual_seed(0)
+    denoiser = runs.build(run).to("cuda", memory_format=torch.channels_last).eval().requires_grad_(False)
+    denoiser.net = runs.compiled(denoiser.net)
+    network = evaluate.feature_network("efficientnet_lite0", "cuda")
+    shape = (how.batch, run.data.channels, run.data.resolution, run.data.resolution)
+    x, sigma = torch.randn(shape, device="cuda"), torch.tensor(1.0, device="cuda")
+    labels = sample.labels_for(range(how.batch), run.data.classes).cuda() if run.data.classes else None
+    forward = sample.captured(denoiser)
+
+    @torch.no_grad()
+    def one_forward():
+        with torch.autocast("cuda", torch.bfloat16):
+            forward(x, sigma, labels)
+
+    def images(count: int):
+        return sample.generate(denoiser, run, range(count), how.batch, "cuda", "bf16", cuda_graphs=True)
+
+    def seconds(work: Iterable) -> float:
+        began = time.perf_counter()
+        for _ in work:
+            pass
+        torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    seconds_to_start = seconds(one_forward() for _ in range(1 if only_compile else cuda_graph.WARM_UP + 1))
+    seconds_to_start += seconds(evaluate.features_of(network, images(how.batch)))  # guided: twice as wide
+    if only_compile:
+        return {"name": name, "seconds": seconds_to_start}
+    flops, matmul = forward_flops(run), matmul_rate()
+    forwards = how.batch / median_seconds(one_forward, 20, 5)
+    drawn = batches * how.batch / seconds(images(batches * how.batch))
+    measured = batches * how.batch / seconds(evaluate.features_of(network, images(batches * how.batch)))
+    through = images_through_the_network(run)
+    return {
+        "name": name,
+        "preset": how.preset,
+        "parameters": sum(p.numel() for p in denoiser.net.parameters()),
+        "forward_gflop_per_image": flops / 1e9,
+        "batch": how.batch,
+        "matmul_tflops": matmul / 1e12,
+        "forwards_per_second": forwards,
+        "forward_tflops": flops * forwards / 1e12,
+        "forward_share_of_matmul": flops * forwards / matmul,
+        "sample": config.sample_json(run.sample),
+        "images_through_the_network": through,
+        "images_per_second": drawn,
+        "sampling_share_of_matmul": drawn * through * flops / matmul,
+        "images_per_second_with_features": measured,
+        "seconds_to_start": round(seconds_to_start, 1),
+        "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+    }
+
+
 def main(
     out: Path, variants: tuple[str, ...] = (), one: str | None = None, only_compile: bool = False
 ) -> None:
-    """Measure variants of the UNet at 64 x 64 and write a JSON file.
+    """Measure variants of the UNet at 64 x 64, or sampling, and write a JSON file.
 
     Args:
         out: File to write, anew after each variant.
-        variants: Names of `VARIANTS`; by default all.
+        variants: Names of `VARIANTS` or `SAMPLING`; by default all of the first.
         one: Used by the program itself for the process of one variant.
         only_compile: Used by the program itself: leave the variant compiled on the disk.
     """
     if one:
-        files.write_json(out, measure(one, only_compile))
+        work = measure_sampling if one in SAMPLING else measure
+        files.write_json(out, work(one, only_compile))
         return
     names = variants or tuple(VARIANTS)
+    if unknown := [name for name in names if name not in {**VARIANTS, **SAMPLING}]:
+        raise SystemExit(
+            f"there is nothing called {unknown[0]!r} to measure; known: {', '.join([*VARIANTS, *SAMPLING])}"
+        )
     about = {
         "device": evaluate.device_name("cuda"),
         "versions": train.versions(),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from repro import bench, config, presets
+from repro import bench, config, presets, runs, sample
 from repro.models.unet import ADMUNet
 
 BENCH = Path(__file__).parents[1] / "paper" / "bench"
@@ -126,6 +126,39 @@ def test_kernels_are_sorted_by_kind_and_times_are_per_step(monkeypatch):
     kinds = list(KERNELS.values())
     assert shares == pytest.approx({kind: kinds.count(kind) / len(kinds) for kind in [*bench.KINDS, "other"]})
     assert dict(top) == pytest.approx({name[:120]: 1.0 for name in KERNELS})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        config.Sample(steps=4),
+        config.Sample(steps=4, guidance=1.5),
+        config.Sample(sampler="ancestral", steps=7, eta=1.0, grid="uniform", guidance=2.0),
+        config.Sample(sampler="dpm_solver", steps=5, order=3),
+    ],
+)
+def test_images_through_the_network_are_those_that_pass(how):
+    model = config.ViT(patch=16, width=32, depth=1, heads=2)
+    lab = presets.preset("lab/imagenet64-vit")
+    run = dataclasses.replace(lab, model=model, sample=how)
+    D, seen = runs.build(run), []
+    D.net.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    list(sample.generate(D, run, range(3), 3, "cpu"))
+    assert sum(seen) == 3 * bench.images_through_the_network(run)
+
+
+def test_the_paper_scale_network_of_the_sampling_benchmark_is_the_released_one():
+    """But for the number of classes' tables: 270.0M with a time table of 4,000 rows (facts/FACTS.md)."""
+    run = presets.preset(bench.SAMPLING["ViT-L/4"].preset)
+    with bench.without_content(run, 1) as (net, _):
+        parameters = sum(p.numel() for p in net.parameters())
+    rows = 4000 - run.model.time_rows
+    assert (parameters + rows * run.model.width) / 1e6 == pytest.approx(270.0, abs=0.1)
+
+
+def test_what_cannot_be_measured_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="nothing called 'ViT' to measure; known: prototype, plain"):
+        bench.main(tmp_path / "out.json", ("ViT",))
 
 
 def test_the_committed_measurements_are_of_all_variants():
