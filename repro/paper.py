@@ -373,17 +373,7 @@ def describe_sampler(sample: dict) -> str:
     On the uniform grid `ancestral, 250 uniform timesteps`, or with its sections, least noise first, such as
     `ancestral, 40 + 10 uniform timesteps`. `sample` is as `config.sample_json` gives it, or has given it.
     """
-    names = {
-        "heun": "Heun",
-        "ancestral": "DDIM" if sample["eta"] == 0 else "ancestral",
-        "euler_maruyama": "Euler–Maruyama",
-    }
-    name = names.get(sample["sampler"])
-    if sample["sampler"] == "dpm_solver":
-        name = f"DPM-Solver++({sample['order']}M)" if sample["multistep"] else f"DPM-Solver-{sample['order']}"
-    guidance = "" if sample["guidance"] == 1 else f", guidance {sample['guidance']:g}"
-    if sample.get("classifier"):
-        guidance += f", classifier {sample['classifier']} × {sample['classifier_scale']:g}"
+    name, guidance = _solver(sample), _guidance(sample)
     if sample.get("clip"):
         guidance = f", clipped{guidance}"
     if sample.get("low_noise"):
@@ -392,6 +382,39 @@ def describe_sampler(sample: dict) -> str:
         steps = " + ".join(str(n) for n in sample["grid_sections"] or [sample["steps"]])
         return f"{name}, {steps} uniform timesteps{guidance}"
     return f"{name}, {sample['steps']} steps from σ = {sample['sigma_max']:g}{guidance}"
+
+
+def sampler_family(sample: dict) -> str:
+    """What two samplers that differ in their number of steps have in common, such as `DDIM, uniform`.
+
+    Solver and grid (EDM's where nothing is said), and a limited interval of guidance; `sample` as in
+    `describe_sampler`. Guidance itself, clipping and where EDM's grid starts are left out: say them once.
+    """
+    family = _solver(sample)
+    if sample.get("grid") == "uniform":
+        sections = len(sample["grid_sections"])
+        family += ", uniform" if sections < 2 else f", {sections} stages"
+    return family + (_guidance(sample) if sample.get("guidance_interval") else "")
+
+
+def _solver(sample: dict) -> str:
+    if sample["sampler"] == "dpm_solver":
+        return f"DPM-Solver++({sample['order']}M)" if sample["multistep"] else f"DPM-Solver-{sample['order']}"
+    return {
+        "heun": "Heun",
+        "ancestral": "DDIM" if sample["eta"] == 0 else "ancestral",
+        "euler_maruyama": "Euler–Maruyama",
+    }[sample["sampler"]]
+
+
+def _guidance(sample: dict) -> str:
+    guidance = "" if sample["guidance"] == 1 else f", guidance {sample['guidance']:g}"
+    if sample.get("guidance_interval"):
+        low, high = sample["guidance_interval"]
+        guidance += f" where {low:g} ≤ σ ≤ {high:.3g}"
+    if sample.get("classifier"):
+        guidance += f", classifier {sample['classifier']} × {sample['classifier_scale']:g}"
+    return guidance
 
 
 def _path(kind: str, id: str, suffix: str) -> Path:

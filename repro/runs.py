@@ -365,6 +365,21 @@ class Run:
                 values[first] = line["value"]
         return [values[first] for first in sorted(values)]
 
+    def at_the_end(self, samples: int | None = None) -> list[tuple[config.Sample, dict]]:
+        """Each way of drawing that was measured at the end of training, and its last line of metrics.jsonl.
+
+        Of the main average, in the order in which they were measured first; samples: as in `distances`.
+        """
+        ways: dict[str, config.Sample] = {}
+        for line in self.metrics:
+            if "sample" in line and line["images"] == self.record.images:
+                how = config.sample_from_json(line["sample"])
+                ways.setdefault(json.dumps(config.sample_json(how), sort_keys=True), how)
+        found = [(how, self.distances(how, samples)) for how in ways.values()]
+        return [
+            (how, lines[-1]) for how, lines in found if lines and lines[-1]["images"] == self.record.images
+        ]
+
     def standard_errors(self, how: config.Sample, samples: int | None = None) -> dict | None:
         """The last line that is a distance's standard error at the end of training, of the main average.
 

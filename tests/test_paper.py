@@ -296,6 +296,27 @@ def test_a_sampler_in_a_few_words(sample, text):
     assert paper.describe_sampler(asdict(sample)) == text
 
 
+@pytest.mark.parametrize(
+    "sample, family",
+    [
+        (Sample(steps=5, sigma_max=40.0, guidance=1.5), "Heun"),
+        (Sample(sampler="ancestral", steps=250, grid="uniform", clip=True), "DDIM, uniform"),
+        (
+            Sample(sampler="ancestral", eta=1.0, steps=50, grid="uniform", grid_sections=(40, 10)),
+            "ancestral, 2 stages",
+        ),
+        (Sample(sampler="dpm_solver", order=3), "DPM-Solver-3"),
+        (Sample(sampler="dpm_solver", order=3, multistep=True), "DPM-Solver++(3M)"),
+        (
+            Sample(steps=20, guidance=2.1, guidance_interval=(0.0, 3.07)),
+            "Heun, guidance 2.1 where 0 ≤ σ ≤ 3.07",
+        ),
+    ],
+)
+def test_the_family_of_a_sampler(sample, family):
+    assert paper.sampler_family(sample_json(sample)) == family
+
+
 def test_a_sampler_of_an_older_record_in_a_few_words():
     old = {"sampler": "heun", "steps": 18, "sigma_max": 40.0, "eta": 0.0, "guidance": 1.0}
     assert paper.describe_sampler(old) == "Heun, 18 steps from σ = 40"

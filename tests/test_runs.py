@@ -233,6 +233,29 @@ def test_distances_are_those_of_one_sampler_and_network_by_images_seen(root):
     assert load(root).curve(dataclasses.replace(RUN.sample, steps=RUN.sample.steps + 1)) == ([], [])
 
 
+def test_each_way_of_drawing_is_found_once_at_the_end(root):
+    own = RUN.evaluate
+    line = {"name": "FD (EfficientNet-Lite0)", "features": own.features, "samples": 10, "images": 8,
+            "first_seed": own.first_seed, "precision": RUN.train.precision,
+            "sample": config.sample_json(RUN.sample)}  # fmt: skip
+    other = dataclasses.replace(RUN.sample, steps=30)
+    later = {**line, "sample": config.sample_json(other)}
+    old = {
+        key: value for key, value in line["sample"].items() if key != "low_noise"
+    }  # of before there was one
+    for one in (
+        {**later, "value": 1}, {**line, "value": 2, "sample": old}, {**line, "value": 3},
+        {**line, "value": 9, "images": 4}, {**line, "value": 9, "samples": 5},
+        {**line, "value": 9, "first_seed": 5}, {**line, "value": 9, "ema_halflife_images": 2.0},
+        {**line, "value": 9, "name": "nearest training image"},
+        {**line, "value": 9, "images": 4, "sample": {**line["sample"], "steps": 40}},
+    ):  # fmt: skip
+        files.append_line(root / NAME / "metrics.jsonl", one)
+    found = load(root).at_the_end(10)
+    assert [(how, m["value"]) for how, m in found] == [(other, 1), (RUN.sample, 3)]
+    assert [m["value"] for _, m in load(root).at_the_end(5)] == [9]
+
+
 def test_blocks_are_other_seeds_at_the_end(root):
     own = RUN.evaluate
     line = {"name": "FD (EfficientNet-Lite0)", "features": own.features, "samples": own.samples, "images": 0,
