@@ -7,10 +7,11 @@ from dataclasses import replace
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy import stats
 
-from repro import config, files, paper, presets, provenance, render, runs, sample
+from repro import config, files, paper, presets, provenance, render, runs, sample, train
 from repro.files import ReproError
 
 ID = "fig9_celeba64_unet"
@@ -285,6 +286,54 @@ def test_figure_2_finds_the_speed_up_of_each_average(tmp_path, monkeypatch):
     files.append_line(metrics["edm"], lower_network(line, "edm-minsnr", 0.5, 75.0, {"of": "others"}))
     with pytest.raises(ReproError, match="other weights of lab/imagenet64-edm-minsnr than those recorded"):
         render.render("fig2_edm", figures)
+
+
+def test_the_best_sampler_is_the_one_in_the_records(tmp_path, monkeypatch):
+    """Distances that fall with evaluations as a law of each solver says, on a recorded network."""
+    name, folder = "lab/imagenet64-x0-minsnr5", tmp_path / "runs"
+    for other in (name, "lab/imagenet64-classifier"):
+        shutil.copytree(runs.RECORDED / other, folder / other)
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "paper").mkdir()
+    shutil.copy(provenance.ROOT / "notebooks" / "sec4_5_samplers.ipynb", tmp_path / "notebooks")
+    figures = tmp_path / "paper" / "figures.toml"
+    figures.write_text(
+        '[sec4_5_samplers]\nnotebook = "notebooks/sec4_5_samplers.ipynb"\ntime_limit = 300\n'
+        "[sec4_5_samplers.parameters]\nsamples = 50\nbudgets = [4, 10, 40, 99]\ncolumns = 2\n"
+        f'names = ["{name.removeprefix("lab/")}"]\n'
+    )
+    monkeypatch.setenv("REPRO_RUNS", str(folder))
+    with pytest.raises(ReproError, match="was not measured with several samplers and 50 samples: python -m"):
+        render.render("sec4_5_samplers", figures)
+    run = runs.load_run(name)
+    line = {**run.distances(run.sample)[-1], "samples": 50}
+    laws = {  # of the distance over evaluations
+        config.Sample(steps=2): lambda n: 100 / n,
+        config.Sample(sampler="ancestral", steps=2): lambda n: 30 / n**0.5,
+        config.Sample(sampler="dpm_solver", steps=2, multistep=True, clip=True): lambda n: 150 / n + 0.5,
+    }
+    for how, law in laws.items():
+        for steps in (2, 5, 20, 40):
+            this = replace(how, steps=steps)
+            evaluations = sample.evaluations(this, steps)
+            told = {"sample": config.sample_json(this), "evaluations": evaluations, "steps": steps}
+            line |= {"value": law(evaluations), "seconds": 0.1 * evaluations, **told}
+            files.append_line(run.path / "metrics.jsonl", line)
+    for how in (config.Sample(steps=2), config.Sample(sampler="ancestral", steps=2)):
+        run = runs.load_run(name)
+        train.record_further_samples(run.path, run.record, range(3, 5), torch.device("cpu"), how)
+    render.render("sec4_5_samplers", figures)
+    out = tmp_path / "paper"
+    values = json.loads((out / "values" / "sec4_5_samplers.json").read_text())["values"]
+    # by hand: Heun's 2, 5, 20, 40 steps take 3, 9, 39, 79 evaluations, those of the others as many as steps
+    found = [(row["best_sampler"].split(",")[0], row["its_distance"]) for row in values["best"]]
+    expected = [("DDIM", 30 / 2**0.5), *(("Heun", 100 / n) for n in (9, 39, 79))]
+    assert found == [(solver, pytest.approx(value, rel=1e-4)) for solver, value in expected]
+    above = [row["Heun_above_the_best_percent"] for row in values["best"]]
+    assert above == pytest.approx([100 * (100 / 3 / expected[0][1] - 1), 0, 0, 0], rel=1e-4)
+    assert len(values["measured"]["imagenet64-x0-minsnr5"]) == 12
+    assert (out / "figures" / "sec4_5_samplers_vit.png").exists()
+    assert "Heun, 2 steps from σ = 80" in (out / "tables" / "sec4_5_samplers_all.md").read_text()
 
 
 def test_notebooks_hold_no_outputs_functions_or_classes():
