@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from operator import attrgetter
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -101,7 +102,7 @@ def labels_for(seeds: Sequence[int], classes: int) -> Int[Tensor, " n"]:
 def guided(denoiser: Denoiser, sample: config.Sample) -> guidance.LabelledDenoiser:
     """The denoiser under the guidance that `sample` asks for, with the network for low noise that it names.
 
-    Raises `ReproError` where one that it names is not recorded, or does not fit.
+    Raises `ReproError` where a run that it names is not recorded.
     """
     net = getattr(denoiser.net, "_orig_mod", denoiser.net)
     null_label = net.classes if net.classes and net.null_class else None
@@ -110,13 +111,6 @@ def guided(denoiser: Denoiser, sample: config.Sample) -> guidance.LabelledDenois
     plain = denoiser
     if sample.low_noise is not None:
         low = _recorded(sample.low_noise, _hashes(sample.low_noise), device, compiled)
-        theirs = getattr(low.net, "_orig_mod", low.net)
-        if (theirs.classes, theirs.null_class) != (net.classes, net.null_class):
-            raise ReproError(
-                f"{sample.low_noise} cannot take the place of this network: it has {theirs.classes} classes"
-                f"{' and a null class' if theirs.null_class else ''}, this one {net.classes}"
-                f"{' and a null class' if net.null_class else ''}"
-            )
         plain = guidance.below(denoiser, low, sample.low_noise_below)
     inside = guidance.cfg(plain, sample.guidance, null_label)
     if sample.guidance_interval is not None and sample.guidance != 1:
@@ -127,6 +121,35 @@ def guided(denoiser: Denoiser, sample: config.Sample) -> guidance.LabelledDenois
         return inside
     found = _recorded(sample.classifier, _hashes(sample.classifier), device, compiled, True)
     return guidance.classifier(inside, found, sample.classifier_scale)
+
+
+def check_low_noise(run: config.Config, sample: config.Sample) -> None:
+    """Raise `ReproError` where the network for low noise that `sample` names cannot take over from `run`'s.
+
+    It must be trained to its end, on the same data and noise levels, and know the null class under guidance.
+    """
+    from repro import runs  # which imports this module
+
+    if sample.low_noise is None:
+        return
+    low = runs.load_run(sample.low_noise)
+    low.weights()  # raises where they are not whole
+    differ = [
+        name
+        for name in ("data.name", "data.classes", "data.resolution", "data.channels", "schedule")
+        if attrgetter(name)(low.config) != attrgetter(name)(run)
+    ]
+    if low.config.model.kind == "classifier":
+        differ.insert(0, "model.kind, which is that of a classifier")
+    if sample.guidance != 1 and not getattr(low.config.model, "null_class", False):
+        differ.append("model.null_class, which guidance needs")
+    if differ:
+        raise ReproError(
+            f"{sample.low_noise} cannot take over from {run.name} where noise is low: "
+            f"they differ in {differ[0]}"
+        )
+    if not low.finished:
+        raise ReproError(f"{sample.low_noise} is not trained to its end yet")
 
 
 def _hashes(name: str) -> tuple[tuple[str, str], ...]:
@@ -239,6 +262,7 @@ def generate(
     shape = (run.data.channels, run.data.resolution, run.data.resolution)
     if labels is None and run.data.classes:
         labels = labels_for(seeds, run.data.classes)
+    check_low_noise(run, sample)
     labelled = guided(denoiser, sample)
     looks_at_sigma = sample.guidance_interval is not None or sample.low_noise is not None
     if cuda_graphs and torch.device(device).type == "cuda" and not looks_at_sigma:

@@ -767,8 +767,7 @@ def check_evaluations(run: config.Config, real: data.Dataset) -> None:
             raise ReproError(
                 f"{run.name} has no null class, so it cannot be sampled with guidance {how.guidance}"
             )
-        if how.low_noise is not None:
-            runs.load_run(how.low_noise).denoiser()
+        sample.check_low_noise(run, how)
         if how.classifier is None:
             continue
         guide = runs.load_run(how.classifier)

@@ -398,15 +398,23 @@ def test_a_network_that_cannot_take_over_is_refused(home):
 
     with pytest.raises(ReproError, match="there is no recorded run lab/none"):
         train.train(with_low_noise("lab/none"), home / "unfit", "cpu")
-    with pytest.raises(ReproError, match="lab/tells is a classifier: it draws no images"):
-        train.train(with_low_noise("lab/tells"), home / "unfit", "cpu")
-    unlabelled = with_low_noise("lab/draws", data=Data("grey"))
-    with pytest.raises(ReproError, match="has 2 classes and a null class, this one 0"):
-        list(
-            sample.generate(
-                runs.build(unlabelled), unlabelled, [0], 1, "cpu", sample=unlabelled.evaluate.also[0]
-            )
-        )
+    linear = config.Schedule("linear_vp")
+    for run, differ in (
+        (with_low_noise("lab/tells"), "model.kind, which is that of a classifier"),
+        (with_low_noise("lab/draws", data=Data("grey")), "data.classes"),
+        (with_low_noise("lab/draws", schedule=linear), "schedule"),
+    ):
+        message = f"cannot take over from lab/draws where noise is low: they differ in {differ}"
+        with pytest.raises(ReproError, match=message):
+            train.train(run, home / "unfit", "cpu")
+        with pytest.raises(ReproError, match=message):
+            next(sample.generate(runs.build(run), run, [0], 1, "cpu", sample=run.evaluate.also[0]))
+    early = home / "runs" / "lab" / "early"
+    shutil.copytree(home / "runs" / "lab" / "draws", early)
+    runs.write_record(early, dataclasses.replace(runs.load_run(early).record, images=8))
+    with pytest.raises(ReproError, match="lab/early is not trained to its end yet"):
+        train.train(with_low_noise("lab/early"), home / "unfit", "cpu")
+    assert not (home / "unfit" / "log.jsonl").exists()
     with pytest.raises(ValidationError, match="low_noise and low_noise_below are given together"):
         Sample(low_noise="lab/draws")
     with pytest.raises(ValidationError, match="low_noise and low_noise_below are given together"):
