@@ -402,7 +402,7 @@ def _solver(sample: dict) -> str:
         return f"DPM-Solver++({sample['order']}M)" if sample["multistep"] else f"DPM-Solver-{sample['order']}"
     return {
         "heun": "Heun",
-        "ancestral": "DDIM" if sample["eta"] == 0 else "ancestral",
+        "ancestral": {0: "DDIM", 1: "ancestral"}.get(sample["eta"], f"ancestral (η = {sample['eta']:g})"),
         "euler_maruyama": "Euler–Maruyama",
     }[sample["sampler"]]
 

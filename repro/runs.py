@@ -565,9 +565,18 @@ def save_samples(
 
 
 def further_samples_file(how: config.Sample) -> str:
-    """Name of the file of samples drawn as `how` says, beside samples.png."""
-    told = json.dumps(config.sample_json(how), sort_keys=True)
-    return f"samples-{hashlib.sha256(told.encode()).hexdigest()[:8]}.png"
+    """Name of the file of samples drawn as `how` says; options that are added to `config.Sample` keep it."""
+    default = config.sample_json(config.Sample())
+    changed = {key: value for key, value in config.sample_json(how).items() if value != default[key]}
+    return f"samples-{hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]}.png"
+
+
+def forget_samples(path: Path, record: Record) -> None:
+    """Remove the files of further samples in a run's folder that its record does not name."""
+    named = {samples.file for samples in record.further_samples}
+    for file in path.glob("samples-*.png"):
+        if file.name not in named:
+            file.unlink()
 
 
 EXECUTION = (

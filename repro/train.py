@@ -884,8 +884,9 @@ def record_weights(
     others: files and hashes of further averages, which lie in `out` already.
     """
     hashes = runs.save_weights(out, ema.state_dict(), record.config) | (others or {})
-    record = replace(record, weights=hashes, samples=None)
+    record = replace(record, weights=hashes, samples=None, further_samples=())
     runs.write_record(out, record)
+    runs.forget_samples(out, record)
     return record
 
 
@@ -919,6 +920,7 @@ def record_further_samples(
     others = tuple(other for other in record.further_samples if other.sample != how)
     record = replace(record, further_samples=(*others, samples))
     runs.write_record(out, record)
+    runs.forget_samples(out, record)
     return record
 
 

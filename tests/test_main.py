@@ -142,6 +142,7 @@ def test_sample_records_rows_drawn_in_several_ways(copied, tmp_path, capsys):
     before = runs.load_run(NAME).record
     assert main(command) == 1
     assert "add --record" in capsys.readouterr().err
+    (copied / "samples-0badf00d.png").write_bytes(b"of a record that was replaced")
     for _ in range(2):  # a second time in the place of the first
         assert main([*command, "--record"]) == 0
     out = capsys.readouterr().out
@@ -149,6 +150,7 @@ def test_sample_records_rows_drawn_in_several_ways(copied, tmp_path, capsys):
     three, ancestral = run.record.further_samples
     assert dataclasses.replace(run.record, further_samples=()) == before
     assert (three.sample.steps, ancestral.sample.sampler, ancestral.first_seed) == (3, "ancestral", 5)
+    assert {path.name for path in copied.glob("samples-*.png")} == {three.file, ancestral.file}
     assert three.file != ancestral.file and f"{ancestral.file}: steps 4, sampler ancestral" in out
     for way in (three, ancestral):
         assert run.samples(way.sample).shape == (3, 64, 64, 3)

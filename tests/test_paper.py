@@ -275,6 +275,7 @@ def test_a_metric_says_what_it_measures():
     [
         (Sample(sigma_max=40.0), "Heun, 18 steps from σ = 40"),
         (Sample(sampler="ancestral"), "DDIM, 18 steps from σ = 80"),
+        (Sample(sampler="ancestral", eta=0.5), "ancestral (η = 0.5), 18 steps from σ = 80"),
         (Sample(sampler="dpm_solver", multistep=True), "DPM-Solver++(2M), 18 steps from σ = 80"),
         (Sample(sampler="euler_maruyama", steps=1000), "Euler–Maruyama, 1000 steps from σ = 80"),
         (

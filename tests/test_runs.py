@@ -1,6 +1,7 @@
 """Recorded runs: what is damaged, missing or unknown is refused by name."""
 
 import dataclasses
+import hashlib
 import json
 import shutil
 
@@ -231,6 +232,23 @@ def test_distances_are_those_of_one_sampler_and_network_by_images_seen(root):
         files.append_line(root / NAME / "metrics.jsonl", one)
     assert [(m["images"], m["value"]) for m in load(root).distances(RUN.sample, 10)] == [(4, 2), (8, 3)]
     assert load(root).curve(dataclasses.replace(RUN.sample, steps=RUN.sample.steps + 1)) == ([], [])
+
+
+def test_rows_of_images_go_with_the_weights_that_drew_them(root):
+    how = dataclasses.replace(RUN.sample, steps=3)
+    record = train.record_further_samples(root / NAME, load(root).record, range(2), torch.device("cpu"), how)
+    (row,) = record.further_samples
+    assert (root / NAME / row.file).exists()
+    record = train.record_weights(root / NAME, record, network())
+    assert record == load(root).record and record.further_samples == ()
+    assert not (root / NAME / row.file).exists()
+
+
+def test_the_name_of_a_row_says_what_is_not_default():
+    """So that options which come later leave it as it is: of {"steps": 3}, and of no change."""
+    for how, changed in ((config.Sample(steps=3), b'{"steps": 3}'), (config.Sample(), b"{}")):
+        expected = f"samples-{hashlib.sha256(changed).hexdigest()[:8]}.png"
+        assert runs.further_samples_file(how) == expected
 
 
 def test_each_way_of_drawing_is_found_once_at_the_end(root):
