@@ -32,7 +32,7 @@ $(FIGURES): $(READY)
 	@.venv/bin/python -m repro render $@
 
 test: $(READY) ## Run the tests; ARGS="-k samplers" runs some of them
-	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 kernels: $(READY) ## Add Triton (Linux), which TORCH=cpu leaves out: its interpreter tests the GPU kernels on a CPU
 	@awk '/^[a-z]/ { keep = /^triton==/ } keep' requirements.lock > .venv/triton.lock
