@@ -1,4 +1,4 @@
-"""Command line: prepare, train, train-all, sample, evaluate, render, presets.
+"""Command line: prepare, train, train-all, sample, evaluate, gradients, render, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -312,6 +312,37 @@ def _told(sample: dict) -> str:
     return ", ".join(f"{key} {value}" for key, value in {"steps": sample["steps"], **told}.items())
 
 
+def gradients(
+    run: tyro.conf.Positional[str],
+    /,
+    levels: int = 20,
+    images: int = 256,
+    batch: int = 32,
+    chunk: int = 4,
+    record: bool = True,
+    device: Device = None,
+) -> None:
+    """Measure how a recorded run's gradients at different noise levels agree (needs the data set).
+
+    Args:
+        run: The recorded run.
+        levels: Noise levels, which stand for equal shares of those trained.
+        images: Training images over which each gradient is the mean.
+        batch: Images at a time.
+        chunk: Levels at a time.
+        record: Append to metrics.jsonl; --no-record only prints.
+        device: By default the GPU if there is one.
+    """
+    from repro import files, pareto, runs
+    from repro import train as training
+
+    recorded = runs.load_run(run)
+    line = pareto.measure(recorded, levels, images, training.find_place(device).device, batch, chunk)
+    print(f"{line['name']}: the least cosine of any two of {levels} is {line['value']:.4f}")
+    if record:
+        files.append_line(recorded.path / "metrics.jsonl", line)
+
+
 def render(
     ids: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
@@ -393,6 +424,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "prepare": prepare,
                 **usages,
                 "train-all": train_all,
+                "gradients": gradients,
                 "render": render,
                 "presets": presets,
             }

@@ -13,16 +13,22 @@ Frank-Wolfe").
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import optimize
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from repro import config, data, evaluate, provenance, runs, sample, weights
+from repro.denoiser import Denoiser, Parameterization
 from repro.files import ReproError
+from repro.models.norm import GroupNorm
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +53,67 @@ class Combination:
     def descends(self) -> bool:
         """Whether -u lowers every loss, or leaves it as it is, to first order."""
         return bool(self.products.min() >= 0)
+
+
+class _Loss(nn.Module):
+    """The mean loss of images at one noise level, as a module: torch.func calls it with given parameters."""
+
+    def __init__(self, denoiser: Denoiser, weight: weights.Weight):
+        super().__init__()
+        self.denoiser, self.weight = denoiser, weight
+
+    def forward(self, y: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
+        """As `Denoiser.loss`, for one sigma of all images."""
+        return self.denoiser.loss(y, noise, sigma.expand(len(y)), labels, self.weight).mean()
+
+
+def gradients(
+    denoiser: Denoiser,
+    y: Float[Tensor, "n c h w"],
+    noise: Float[Tensor, "n c h w"],
+    sigmas: Float[Tensor, " T"],
+    weight: weights.Weight,
+    labels: Int[Tensor, " n"] | None = None,
+    chunk: int = 4,
+) -> Float[Tensor, "T p"]:
+    """Of the mean loss over the images, by all parameters of the network: one row a noise level.
+
+    All levels see the same images and noise, so that they differ in nothing else. `chunk` levels pass through
+    the network at a time (torch.func.vmap): that takes the activations of chunk * n images, and the result is
+    T * p numbers. The network is used in the mode it is in: dropout belongs switched off. Raises `ReproError`
+    for levels that are not above 0, shapes that differ, and gradients that are not finite.
+    """
+    if not (torch.isfinite(sigmas).all() and (sigmas > 0).all() and len(sigmas)):
+        raise ReproError("noise levels must be finite, above 0, and one or more")
+    if y.shape != noise.shape:
+        raise ReproError(f"images of {tuple(y.shape)} and noise of {tuple(noise.shape)} differ in shape")
+    if chunk < 1:
+        raise ReproError(f"chunk must be at least 1, not {chunk}")
+    loss = _Loss(denoiser, weight)
+    parameters = {name: p.detach() for name, p in loss.named_parameters()}
+
+    def of_level(given: dict[str, Tensor], sigma: Tensor) -> Tensor:
+        return torch.func.functional_call(loss, given, (y, noise, sigma, labels))
+
+    every = torch.func.vmap(torch.func.grad(of_level), in_dims=(None, 0), chunk_size=chunk)
+    with _plainly(y.device):
+        found = every(parameters, sigmas.to(y.device))
+    rows = torch.cat([found[name].flatten(1) for name in parameters], dim=1)
+    if broken := (~torch.isfinite(rows).all(1)).nonzero()[:, 0].tolist():
+        raise ReproError(f"the gradient at sigma = {float(sigmas[broken[0]]):.4g} is not finite")
+    return rows
+
+
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    """Within a block group norms, and on a CPU attention, are computed by what torch.func can vectorise."""
+    before = GroupNorm.fused
+    GroupNorm.fused = False
+    try:
+        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+            yield
+    finally:
+        GroupNorm.fused = before
 
 
 def gram(gradients: Float[Tensor, "T p"], chunk: int = 2**20) -> Float[Tensor, "T T"]:
@@ -157,3 +224,85 @@ def _checked(gram: Tensor) -> Float[Tensor, "T T"]:
     if (G.diagonal() < 0).any() or float((G - G.T).abs().max()) > 1e-6 * max(largest, 0.0):
         raise ReproError("a Gram matrix is symmetric and has no negative square: build it with pareto.gram")
     return (G + G.T) / 2
+
+
+# Of a recorded run ----------------------------------------------------------------------------------
+
+
+def measure(
+    recorded: runs.Run,
+    levels: int = 20,
+    images: int = 256,
+    device: str | torch.device = "cpu",
+    batch: int = 32,
+    chunk: int = 4,
+) -> dict:
+    """Inner products of a recorded network's gradients by noise level: a line for metrics.jsonl.
+
+    Of the mean over `images` training images, spread evenly over their order, of the loss that is constant
+    on the network's own output, at `levels` noise levels that stand for equal shares of those trained. With a
+    weight w_t on that output, element s, t of the Gram matrix is w_s w_t times what is recorded: `of_weight`.
+
+    `gram` is of all images. A gradient of finitely many images is longer than that of all there could be; the
+    inner products of the gradients of one half of the images with those of the other, `halves`, are not:
+    they estimate those without that bias, and are no Gram matrix. Image i has the same noise at every level
+    and for every run. Computed in float32, for `batch` images of `chunk` levels at a time; both halves'
+    gradients, 2 * levels * parameters numbers, are kept. Raises `ReproError` where the run is none of a
+    denoiser or has no weights, where the prepared data are other ones, and for numbers that cannot be.
+    """
+    began = time.perf_counter()
+    if levels < 1 or batch < 1 or images < 2 * batch or images % (2 * batch):
+        raise ReproError(
+            f"gradients of {images} images at {levels} levels cannot be taken: give at least 1 level, and "
+            f"a multiple of twice the {batch} images that are taken at once"
+        )
+    run, about = recorded.config, recorded.record.data
+    D = recorded.denoiser(device)
+    for parameter in D.parameters():
+        parameter.requires_grad_(True)
+    real = evaluate.load_same(about.name, about.fingerprint)
+    train, _ = data.holdout_split(len(real.images), run.data.holdout)
+    if images > len(train):
+        raise ReproError(f"{images} images were asked for, but {about.name} has {len(train)} to train on")
+    rows = train[np.arange(images) * len(train) // images]
+    sigmas = evaluate.levels_of(D.schedule, levels)
+    weight = weights.from_config(config.Weight("constant"), D.parameterization, run.sigma_data)
+    halves: list[Tensor] = []
+    for half in (rows[0::2], rows[1::2]):
+        total = 0.0
+        for first in range(0, len(half), batch):
+            some = half[first : first + batch]
+            y = sample.from_uint8(torch.from_numpy(real.images[some])).to(device)
+            noise = sample.SeedNoise([NOISE_SEED + int(i) for i in some], y.shape[1:], device)()
+            labels = torch.from_numpy(real.labels[some]).to(device) if run.data.classes else None
+            total = total + gradients(D, y, noise, sigmas, weight, labels, chunk) * (batch / len(half))
+        halves.append(total)
+    one, other = halves
+    between = torch.stack([a.double() @ other.double().T for a in one.split(1)])[:, 0]
+    whole = gram((one + other) / 2)
+    cosines = whole / whole.diagonal().sqrt().outer(whole.diagonal().sqrt())
+    return {
+        "name": "gradients by noise level",
+        "value": float(cosines.min()),  # of any two levels
+        "images": recorded.record.images,
+        "sigmas": sigmas.tolist(),
+        "timesteps": D.schedule.network_time(sigmas).tolist(),
+        "gram": whole.tolist(),
+        "halves": ((between + between.T) / 2).tolist(),
+        "count": images,
+        "dataset": {"name": real.name, "fingerprint": about.fingerprint},
+        "device": evaluate.device_name(device),
+        "code": provenance.code_version("import repro.pareto"),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+NOISE_SEED = 2**29
+"""The sample seed whose noise image 0 of a data set gets in `measure`; image i gets the i-th after it."""
+
+
+def of_weight(line: dict, weight: weights.Weight, parameterization: Parameterization) -> dict[str, Tensor]:
+    """`gram` and `halves` of a line of `measure` as they are with a loss weight, a function of SNR, on x0."""
+    on_output = parameterization.network_weight(weight, torch.tensor(line["sigmas"], dtype=torch.float64))
+    both = on_output.outer(on_output)
+    return {name: torch.tensor(line[name], dtype=torch.float64) * both for name in ("gram", "halves")}

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from repro import config, data, paper, pareto, runs, sample, weights
 from repro import evaluate as evaluation
-from repro import paper, runs
 from repro.__main__ import main
 from repro.files import ReproError
 from repro.presets import PRESETS
@@ -188,6 +189,46 @@ def test_evaluate_prints_and_records_unless_told_not_to(copied, home, capsys):
     assert (distance["samples"], distance["steps"], distance["images"]) == (4, 2, 16)
     assert nearest["held_out"] == 3
     assert runs.load_run(NAME).distances(runs.load_run(NAME).config.sample) == [distance]
+
+
+def test_gradients_are_measured_by_noise_level(copied, home, capsys):
+    options = ["--levels", "3", "--images", "8", "--batch", "2", "--device", "cpu"]
+    assert main(["gradients", NAME, *options, "--no-record"]) == 0
+    assert not (copied / "metrics.jsonl").exists()
+    assert main(["gradients", NAME, *options, "--chunk", "2"]) == 0
+    said = re.findall(r"the least cosine of any two of 3 is (-?\d\.\d{4})", capsys.readouterr().out)
+    run = runs.load_run(NAME)
+    (line,) = run.metrics
+    assert said[0] == said[1] == f"{line['value']:.4f}"
+    assert (line["images"], line["count"], len(line["gram"])) == (16, 8, 3)
+
+    # by hand: the mean over the 8 images, each with its own noise, by a plain loop over levels
+    D, real = run.denoiser(), data.load("celeba64")
+    train, _ = data.holdout_split(12, 3)
+    rows = train[np.arange(8) * 9 // 8]
+    y = sample.from_uint8(torch.from_numpy(real.images[rows]))
+    noise = sample.SeedNoise([pareto.NOISE_SEED + int(i) for i in rows], (3, 64, 64))()
+    g = []
+    for sigma in line["sigmas"]:
+        D.requires_grad_(True).zero_grad()
+        weight = weights.from_config(config.Weight("constant"), D.parameterization)
+        sigmas = torch.full((8,), sigma, dtype=torch.float64)
+        D.loss(y, noise, sigmas, None, weight).mean().backward()
+        g.append(torch.cat([p.grad.flatten() for p in D.parameters()]).double())
+    g = torch.stack(g)
+    np.testing.assert_allclose(line["gram"], g @ g.T, rtol=1e-3, atol=1e-5 * float((g @ g.T).max()))
+    halves = np.array(line["halves"])
+    assert (halves == halves.T).all() and halves.trace() < np.trace(line["gram"])
+    # a weight multiplies rows and columns: SNR on x0, where the network predicts x0
+    snr = torch.tensor(line["sigmas"], dtype=torch.float64) ** -2
+    weighted = pareto.of_weight(line, lambda snr: snr, D.parameterization)
+    np.testing.assert_allclose(weighted["gram"], snr.outer(snr).numpy() * np.array(line["gram"]), rtol=1e-12)
+
+    for unfit in (["--images", "6"], ["--levels", "0"], ["--images", "0"], ["--batch", "0"]):
+        assert main(["gradients", NAME, *options, *unfit]) == 1
+        assert "cannot be taken: give at least 1 level, and a multiple of twice" in capsys.readouterr().err
+    assert main(["gradients", NAME, *options, "--images", "12"]) == 1
+    assert "12 images were asked for, but celeba64 has 9 to train on" in capsys.readouterr().err
 
 
 def test_evaluate_measures_standard_errors(copied, home, capsys, monkeypatch):

@@ -1,5 +1,7 @@
 """The min-norm point against closed forms, and the certificate that any convex problem has: its gap."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,70 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from repro import pareto
+from repro import config, pareto, runs, weights
 from repro.files import ReproError
+
+DATA = config.Data("none", resolution=8, classes=3)
+NETWORKS = {
+    "vit": config.ViT(patch=4, width=16, depth=2, heads=2),
+    "unet": config.UNet(channels=32, multipliers=(1, 1), blocks=1, attention=(4,), heads=2),
+}
+
+
+def denoiser_and_images(kind, parameterization="v"):
+    run = config.Config("test/run", DATA, NETWORKS[kind], config.Train(images=1))
+    run = dataclasses.replace(run, parameterization=parameterization)
+    generator = torch.Generator().manual_seed(0)
+    D = runs.build(run).eval()
+    with torch.no_grad():
+        for parameter in D.parameters():
+            parameter.normal_(0, 0.2, generator=generator)
+    y, noise = torch.randn(2, 3, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return run, D, y, noise, torch.tensor([2, 0, 1])
+
+
+@pytest.mark.filterwarnings("error:There is a performance drop")  # of what is not vectorised
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("parameterization", ["eps", "x0", "v"])
+def test_gradients_by_level_are_those_of_a_plain_loop(kind, parameterization):
+    run, D, y, noise, labels = denoiser_and_images(kind, parameterization)
+    weight = weights.of_run(run, D.parameterization)
+    sigmas = D.schedule.sigmas[[0, 10, 400, 700, 999]]
+    expected = []
+    for sigma in sigmas:
+        D.zero_grad()
+        D.loss(y, noise, sigma.expand(3), labels, weight).mean().backward()
+        expected.append(torch.cat([p.grad.flatten() for p in D.parameters()]))
+    expected = torch.stack(expected)
+    for chunk in (1, 2, 100):
+        found = pareto.gradients(D, y, noise, sigmas, weight, labels, chunk)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_gradient_of_the_mean_loss_is_the_mean_of_the_gradients():
+    run, D, y, noise, labels = denoiser_and_images("vit")
+    weight, sigmas = weights.of_run(run, D.parameterization), D.schedule.sigmas[[3, 300, 600]]
+    rows = pareto.gradients(D, y, noise, sigmas, weight, labels)
+    D.zero_grad()
+    sum(D.loss(y, noise, sigma.expand(3), labels, weight).mean() for sigma in sigmas).div(3).backward()
+    whole = torch.cat([p.grad.flatten() for p in D.parameters()])
+    torch.testing.assert_close(rows.mean(0), whole, rtol=1e-4, atol=1e-6 * float(whole.abs().max()))
+
+
+def test_gradients_that_cannot_be_are_refused(unchecked):
+    run, D, y, noise, labels = denoiser_and_images("vit")
+    weight, sigmas = weights.of_run(run, D.parameterization), D.schedule.sigmas[[3, 300]]
+    for bad in (sigmas * 0, sigmas * float("nan"), sigmas[:0]):
+        with pytest.raises(ReproError, match="noise levels must be finite, above 0, and one or more"):
+            pareto.gradients(D, y, noise, bad, weight, labels)
+    with pytest.raises(ReproError, match=r"images of \(3, 3, 8, 8\) and noise of \(2, 3, 8, 8\) differ"):
+        pareto.gradients(D, y, noise[:2], sigmas, weight, labels)
+    with pytest.raises(ReproError, match="chunk must be at least 1, not 0"):
+        pareto.gradients(D, y, noise, sigmas, weight, labels, 0)
+    broken = y.clone()
+    broken[0, 0, 0, 0] = float("inf")
+    with pytest.raises(ReproError, match="the gradient at sigma = .* is not finite"):
+        pareto.gradients(D, broken, noise, sigmas, weight, labels)
 
 
 @st.composite
@@ -177,9 +241,9 @@ def test_what_is_no_gram_matrix_is_refused(unchecked):
         pareto.exact(-good)
     with pytest.raises(ReproError, match="the gradient at position 2 is not finite"):
         pareto.gram(torch.tensor([[1.0], [2.0], [float("inf")]]))
-    for weights in ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], [1.0, float("nan"), 0.0]):
+    for unfit in ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], [1.0, float("nan"), 0.0]):
         with pytest.raises(ReproError, match="weights must be finite, at least 0, and not all 0"):
-            pareto.combine(good, torch.tensor(weights))
+            pareto.combine(good, torch.tensor(unfit))
     for method in (pareto.frank_wolfe, pareto.by_softmax):
         with pytest.raises(ReproError, match="steps must be at least 1, not 0"):
             method(good, 0)
