@@ -336,9 +336,12 @@ def gradients(
     from repro import files, pareto, runs
     from repro import train as training
 
-    recorded = runs.load_run(run)
-    line = pareto.measure(recorded, levels, images, training.find_place(device).device, batch, chunk)
-    print(f"{line['name']}: the least cosine of any two of {levels} is {line['value']:.4f}")
+    recorded, place = runs.load_run(run), training.find_place(device)
+    if place.world > 1:
+        raise ReproError("gradients are measured by one process: start it without torchrun")
+    line = pareto.measure(recorded, levels, images, place.device, batch, chunk)
+    least = "not known from so few images" if line["value"] is None else f"{line['value']:.4f}"
+    print(f"{line['name']}: the least cosine of any two of {levels} is {least}")
     if record:
         files.append_line(recorded.path / "metrics.jsonl", line)
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class Combination:
     weights: Float[Tensor, " T"]
     """w: at least 0, of sum 1; float64."""
     squared_norm: float
-    """|u|^2 = w' G w."""
+    """|u|^2 = w' G w, at least 0."""
     products: Float[Tensor, " T"]
     """<g_t, u> for all t: to first order, what a step along -u takes from each loss."""
     steps: int
@@ -48,11 +48,6 @@ class Combination:
     def gap(self) -> float:
         """|u|^2 - min_t <g_t, u>: at least 0, and at least |u|^2 / 2 less its minimum; 0 at the minimum."""
         return self.squared_norm - float(self.products.min())
-
-    @property
-    def descends(self) -> bool:
-        """Whether -u lowers every loss, or leaves it as it is, to first order."""
-        return bool(self.products.min() >= 0)
 
 
 class _Loss(nn.Module):
@@ -79,9 +74,10 @@ def gradients(
     """Of the mean loss over the images, by all parameters of the network: one row a noise level.
 
     All levels see the same images and noise, so that they differ in nothing else. `chunk` levels pass through
-    the network at a time (torch.func.vmap): that takes the activations of chunk * n images, and the result is
-    T * p numbers. The network is used in the mode it is in: dropout belongs switched off. Raises `ReproError`
-    for levels that are not above 0, shapes that differ, and gradients that are not finite.
+    the network at a time (torch.func.vmap): that takes the activations of chunk * n images and chunk * p
+    numbers, and the result is T * p of them. The network is used in the mode it is in: dropout belongs
+    switched off. Raises `ReproError` for levels that are not above 0, shapes that differ, and gradients that
+    are not finite.
     """
     if not (torch.isfinite(sigmas).all() and (sigmas > 0).all() and len(sigmas)):
         raise ReproError("noise levels must be finite, above 0, and one or more")
@@ -95,40 +91,55 @@ def gradients(
     def of_level(given: dict[str, Tensor], sigma: Tensor) -> Tensor:
         return torch.func.functional_call(loss, given, (y, noise, sigma, labels))
 
-    every = torch.func.vmap(torch.func.grad(of_level), in_dims=(None, 0), chunk_size=chunk)
-    with _plainly(y.device):
-        found = every(parameters, sigmas.to(y.device))
-    rows = torch.cat([found[name].flatten(1) for name in parameters], dim=1)
+    sigmas = sigmas.to(y.device)
+    denoiser.schedule.network_time(sigmas)  # which keeps a table on the device: not one made under vmap
+    of_some = torch.func.vmap(torch.func.grad(of_level), in_dims=(None, 0))
+    sizes = [p.numel() for p in parameters.values()]
+    rows = torch.empty(len(sigmas), sum(sizes), device=y.device)
+    with _plainly():
+        for first in range(0, len(sigmas), chunk):
+            found = of_some(parameters, sigmas[first : first + chunk])
+            into = rows[first : first + chunk].split(sizes, dim=1)
+            for part, name in zip(into, parameters, strict=True):
+                part.copy_(found[name].flatten(1))
     if broken := (~torch.isfinite(rows).all(1)).nonzero()[:, 0].tolist():
         raise ReproError(f"the gradient at sigma = {float(sigmas[broken[0]]):.4g} is not finite")
     return rows
 
 
 @contextmanager
-def _plainly(device: torch.device) -> Iterator[None]:
-    """Within a block group norms, and on a CPU attention, are computed by what torch.func can vectorise."""
-    before = GroupNorm.fused
-    GroupNorm.fused = False
+def _plainly() -> Iterator[None]:
+    """Within a block group norms and attention are computed by what torch.func can vectorise, in float32."""
+    before = GroupNorm.fused, torch.backends.cudnn.allow_tf32
+    GroupNorm.fused, torch.backends.cudnn.allow_tf32 = False, False
     try:
-        with sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext():
+        with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        GroupNorm.fused = before
+        GroupNorm.fused, torch.backends.cudnn.allow_tf32 = before
 
 
 def gram(gradients: Float[Tensor, "T p"], chunk: int = 2**20) -> Float[Tensor, "T T"]:
     """Inner products of gradients in float64, on their device, over `chunk` parameters at a time.
 
     Besides the gradients it needs T * (chunk + T) numbers of 8 bytes. Raises `ReproError` for gradients that
-    are not finite, naming the first.
+    are not finite, or whose squares are not, naming the first.
     """
-    levels, parameters = gradients.shape
-    total = torch.zeros(levels, levels, dtype=torch.float64, device=gradients.device)
-    for first in range(0, parameters, chunk):
-        part = gradients[:, first : first + chunk].double()
-        total.addmm_(part, part.T)
+    total = _products(gradients, gradients, chunk)
     if broken := (~torch.isfinite(total.diagonal())).nonzero()[:, 0].tolist():
-        raise ReproError(f"the gradient at position {broken[0]} is not finite")
+        raise ReproError(f"the gradient at position {broken[0]} is not finite, or its square is not")
+    return total
+
+
+def _products(one: Float[Tensor, "T p"], other: Float[Tensor, "T p"], chunk: int) -> Float[Tensor, "T T"]:
+    """Inner products of the rows of both, in float64, over `chunk` columns at a time."""
+    if chunk < 1:
+        raise ReproError(f"chunk must be at least 1, not {chunk}")
+    total = torch.zeros(len(one), len(other), dtype=torch.float64, device=one.device)
+    for first in range(0, one.shape[1], chunk):
+        part = one[:, first : first + chunk].double()
+        beside = part if other is one else other[:, first : first + chunk].double()
+        total.addmm_(part, beside.T)
     return total
 
 
@@ -136,31 +147,37 @@ def combine(gram: Float[Tensor, "T T"], weights: Float[Tensor, " T"], steps: int
     """The combination of given weights, which are scaled to sum 1; raises `ReproError` for unfit ones."""
     G = _checked(gram)
     w = weights.to(G)
+    if len(w) != len(G):
+        raise ReproError(f"{len(w)} weights do not fit a Gram matrix of {len(G)} gradients")
     if not (torch.isfinite(w).all() and (w >= 0).all() and w.sum() > 0):
         raise ReproError("weights must be finite, at least 0, and not all 0")
     w = w / w.sum()
     products = G @ w
-    return Combination(w, float(w @ products), products, steps)
+    return Combination(w, max(float(w @ products), 0.0), products, steps)
 
 
 def exact(gram: Float[Tensor, "T T"]) -> Combination:
     """The minimum, by an active-set method: non-negative least squares (Lawson and Hanson 1974, by SciPy).
 
-    With G = A'A, minimise |A x|^2 + (sum x - 1)^2 over x >= 0. For x = s w with w on the simplex that is
-    s^2 |A w|^2 + (s - 1)^2, which is least at s = 1 / (1 + |A w|^2), where it is |A w|^2 / (1 + |A w|^2): it
-    grows with |A w|, so that w = x / sum x is the w of least |A w|.
+    With G = A'A, minimise |A x|^2 + (c sum x - 1)^2 over x >= 0, for any c > 0. For x = s w with w on the
+    simplex that is s^2 |A w|^2 + (c s - 1)^2, which is least at s = c / (c^2 + |A w|^2), where it grows with
+    |A w|, so that w = x / sum x is the w of least |A w|. Solved for y_t = |g_t| x_t, by gradients of
+    length 1, so that short ones count beside long ones; c is the shortest length.
     """
     G = _checked(gram)
-    levels, scale = len(G), float(G.diagonal().max())
-    if scale == 0:
-        return combine(G, torch.ones(levels))
-    values, vectors = np.linalg.eigh(G.cpu().numpy() / scale)
+    lengths = G.diagonal().sqrt()
+    if lengths.min() == 0:  # one is stationary: nothing is shorter
+        return combine(G, (lengths == 0).double())
+    values, vectors = np.linalg.eigh((G / lengths.outer(lengths)).cpu().numpy())
     root = np.sqrt(values.clip(min=0))[:, None] * vectors.T
+    shares = (lengths.min() / lengths).cpu().numpy()
     try:
-        x, _ = optimize.nnls(np.vstack([root, np.ones(levels)]), np.append(np.zeros(levels), 1.0))
+        y, _ = optimize.nnls(np.vstack([root, shares]), np.append(np.zeros(len(G)), 1.0))
     except RuntimeError as error:
-        raise ReproError(f"no minimum was found for {levels} gradients: {error}") from error
-    return combine(G, torch.from_numpy(x))
+        raise ReproError(
+            f"no minimum was found for {len(G)} gradients ({error}); frank_wolfe comes near it"
+        ) from error
+    return combine(G, torch.from_numpy(y * shares))
 
 
 def frank_wolfe(
@@ -245,9 +262,10 @@ def measure(
 
     `gram` is of all images. A gradient of finitely many images is longer than that of all there could be; the
     inner products of the gradients of one half of the images with those of the other, `halves`, are not:
-    they estimate those without that bias, and are no Gram matrix. Image i has the same noise at every level
-    and for every run. Computed in float32, for `batch` images of `chunk` levels at a time; both halves'
-    gradients, 2 * levels * parameters numbers, are kept. Raises `ReproError` where the run is none of a
+    they estimate those without that bias, and are no Gram matrix. The line's value is the least cosine of two
+    levels by these, none where the images are too few to tell. Image i, never mirrored, has the same noise at
+    every level and for every run. Computed in float32, for `batch` images of `chunk` levels at a time, in the
+    memory of 3 * levels * parameters numbers besides. Raises `ReproError` where the run is none of a
     denoiser or has no weights, where the prepared data are other ones, and for numbers that cannot be.
     """
     began = time.perf_counter()
@@ -258,8 +276,6 @@ def measure(
         )
     run, about = recorded.config, recorded.record.data
     D = recorded.denoiser(device)
-    for parameter in D.parameters():
-        parameter.requires_grad_(True)
     real = evaluate.load_same(about.name, about.fingerprint)
     train, _ = data.holdout_split(len(real.images), run.data.holdout)
     if images > len(train):
@@ -269,26 +285,30 @@ def measure(
     weight = weights.from_config(config.Weight("constant"), D.parameterization, run.sigma_data)
     halves: list[Tensor] = []
     for half in (rows[0::2], rows[1::2]):
-        total = 0.0
+        total = None
         for first in range(0, len(half), batch):
             some = half[first : first + batch]
             y = sample.from_uint8(torch.from_numpy(real.images[some])).to(device)
             noise = sample.SeedNoise([NOISE_SEED + int(i) for i in some], y.shape[1:], device)()
             labels = torch.from_numpy(real.labels[some]).to(device) if run.data.classes else None
-            total = total + gradients(D, y, noise, sigmas, weight, labels, chunk) * (batch / len(half))
+            found = gradients(D, y, noise, sigmas, weight, labels, chunk).mul_(batch / len(half))
+            total = found if total is None else total.add_(found)
         halves.append(total)
     one, other = halves
-    between = torch.stack([a.double() @ other.double().T for a in one.split(1)])[:, 0]
-    whole = gram((one + other) / 2)
-    cosines = whole / whole.diagonal().sqrt().outer(whole.diagonal().sqrt())
+    between = _products(one, other, 2**18)
+    between = (between + between.T) / 2
+    whole = gram(one.add_(other).div_(2), 2**18)
+    lengths = between.diagonal().clamp(min=0).sqrt()
+    known = lengths > 0
+    cosines = (between / lengths.outer(lengths))[known][:, known]
     return {
         "name": "gradients by noise level",
-        "value": float(cosines.min()),  # of any two levels
+        "value": float(cosines.min()) if known.any() else None,
         "images": recorded.record.images,
         "sigmas": sigmas.tolist(),
         "timesteps": D.schedule.network_time(sigmas).tolist(),
         "gram": whole.tolist(),
-        "halves": ((between + between.T) / 2).tolist(),
+        "halves": between.tolist(),
         "count": images,
         "dataset": {"name": real.name, "fingerprint": about.fingerprint},
         "device": evaluate.device_name(device),

@@ -15,6 +15,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, field, replace
@@ -575,7 +576,7 @@ def forget_samples(path: Path, record: Record) -> None:
     """Remove the files of further samples in a run's folder that its record does not name."""
     named = {samples.file for samples in record.further_samples}
     for file in path.glob("samples-*.png"):
-        if file.name not in named:
+        if file.name not in named and re.fullmatch(r"samples-[0-9a-f]{8}\.png", file.name):
             file.unlink()
 
 

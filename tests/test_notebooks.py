@@ -319,6 +319,13 @@ def test_the_best_sampler_is_the_one_in_the_records(tmp_path, monkeypatch):
             told = {"sample": config.sample_json(this), "evaluations": evaluations, "steps": steps}
             line |= {"value": law(evaluations), "seconds": 0.1 * evaluations, **told}
             files.append_line(run.path / "metrics.jsonl", line)
+    guided = {"guidance": 2.0, "guidance_interval": [0.0, 3.0]}
+    for changes in (guided, {"guidance": 1.5}):  # better than all, but no sampler's merit
+        told = {"sample": config.sample_json(replace(config.Sample(steps=2), **changes)), "value": 0.1}
+        files.append_line(run.path / "metrics.jsonl", {**line, **told, "evaluations": 3})
+    for block, value in ((2_000_000, 10.0), (2_000_050, 12.0)):  # of the run's own sampler
+        told = {"sample": config.sample_json(run.sample), "first_seed": block, "value": value}
+        files.append_line(run.path / "metrics.jsonl", {**line, **told})
     for how in (config.Sample(steps=2), config.Sample(sampler="ancestral", steps=2)):
         run = runs.load_run(name)
         train.record_further_samples(run.path, run.record, range(3, 5), torch.device("cpu"), how)
@@ -331,7 +338,11 @@ def test_the_best_sampler_is_the_one_in_the_records(tmp_path, monkeypatch):
     assert found == [(solver, pytest.approx(value, rel=1e-4)) for solver, value in expected]
     above = [row["Heun_above_the_best_percent"] for row in values["best"]]
     assert above == pytest.approx([100 * (100 / 3 / expected[0][1] - 1), 0, 0, 0], rel=1e-4)
-    assert len(values["measured"]["imagenet64-x0-minsnr5"]) == 12
+    deviation = np.log(1.2) / 2**0.5
+    assert values["sampling_deviation"] == pytest.approx(deviation, rel=1e-4)
+    assert above[0] > 200 * 2**0.5 * deviation  # so that it is worse, beyond noise
+    assert [row["Heun_is"] for row in values["best"]] == ["worse", "best", "best", "best"]
+    assert len(values["measured"]["imagenet64-x0-minsnr5"]) == 14
     assert (out / "figures" / "sec4_5_samplers_vit.png").exists()
     assert "Heun, 2 steps from σ = 80" in (out / "tables" / "sec4_5_samplers_all.md").read_text()
 

@@ -99,9 +99,20 @@ def test_the_exact_point_has_no_gap_and_descends_for_all(g):
     found = pareto.exact(G)
     assert found.weights.min() >= 0 and float(found.weights.sum()) == pytest.approx(1)
     assert found.gap <= 1e-9 * scale(G)
-    assert found.products.min() >= -1e-9 * scale(G)
+    assert found.products.min() >= -1e-9 * scale(G) and found.squared_norm >= 0
     u = found.weights @ g  # the same formed from the gradients themselves
     assert float(u @ u) == pytest.approx(found.squared_norm, rel=1e-6, abs=1e-9 * scale(G))
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.integers(2, 9), st.integers(0, 2**32 - 1), st.floats(0, 7))
+def test_short_gradients_count_beside_long_ones(levels, seed, spread):
+    """Of full rank, lengths up to 10^7 apart: the gap is small beside |u|^2, which is that of a short one."""
+    random = np.random.default_rng(seed)
+    g = random.normal(size=(levels, 30)) * 10.0 ** random.uniform(0, spread, size=(levels, 1))
+    found = pareto.exact(pareto.gram(torch.from_numpy(g)))
+    assert found.gap <= 1e-5 * found.squared_norm
+    assert found.products.min() > 0
 
 
 @settings(max_examples=300, deadline=None)
@@ -135,7 +146,7 @@ def test_neither_order_nor_unit_changes_the_point(g, seed, factor):
 
 
 @settings(max_examples=300, deadline=None)
-@given(arrays(float, (2, 3), elements=st.floats(-10, 10, allow_subnormal=False)))
+@given(arrays(float, (2, 3), elements=st.floats(-10, 10).map(lambda value: round(value, 6))))
 def test_of_two_gradients_the_point_is_known_in_closed_form(pair):
     """Sener and Koltun 2018, Algorithm 1: the foot of the perpendicular, within the segment."""
     one, other = torch.from_numpy(pair)
@@ -239,6 +250,10 @@ def test_what_is_no_gram_matrix_is_refused(unchecked):
         pareto.exact(torch.tensor([[1.0, 0.5], [0.0, 1.0]]))
     with pytest.raises(ReproError, match="symmetric and has no negative square"):
         pareto.exact(-good)
+    with pytest.raises(ReproError, match="2 weights do not fit a Gram matrix of 3 gradients"):
+        pareto.frank_wolfe(good, start=[1.0, 0.0])
+    with pytest.raises(ReproError, match="chunk must be at least 1, not 0"):
+        pareto.gram(good, 0)
     with pytest.raises(ReproError, match="the gradient at position 2 is not finite"):
         pareto.gram(torch.tensor([[1.0], [2.0], [float("inf")]]))
     for unfit in ([1.0, -1.0, 1.0], [0.0, 0.0, 0.0], [1.0, float("nan"), 0.0]):
