@@ -220,6 +220,15 @@ def kernel_times(work, steps: int = 3) -> tuple[float, dict[str, float], list[tu
     return total / steps / 1000, shares, [(name[:120], round(spent / steps / 1000, 4)) for name, spent in top]
 
 
+def forward_rates(forwards: float, flops: float, matmul: float) -> dict[str, float]:
+    """What is recorded of `forwards` images a second, of `flops` each, beside a matrix product's FLOP/s."""
+    return {
+        "forwards_per_second": forwards,
+        "forward_tflops": flops * forwards / 1e12,
+        "forward_share_of_matmul": flops * forwards / matmul,
+    }
+
+
 def measure(name: str, only_compile: bool = False) -> dict:
     """Compile one variant, and time it; where it was compiled before, its kernels are found on the disk."""
     variant = VARIANTS[name]
@@ -275,11 +284,7 @@ def measure(name: str, only_compile: bool = False) -> dict:
     }
     if variant.forward:
         seconds = median_seconds(forward, 30, 10)
-        result |= {
-            "forwards_per_second": batch / seconds,
-            "forward_tflops": flops * batch / seconds / 1e12,
-            "forward_share_of_matmul": flops * batch / seconds / matmul,
-        }
+        result |= forward_rates(batch / seconds, flops, matmul)
     print(json.dumps(result), flush=True)
     busy, shares, top = kernel_times(step)
     return result | {
@@ -346,9 +351,7 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
         "forward_gflop_per_image": flops / 1e9,
         "batch": how.batch,
         "matmul_tflops": matmul / 1e12,
-        "forwards_per_second": forwards,
-        "forward_tflops": flops * forwards / 1e12,
-        "forward_share_of_matmul": flops * forwards / matmul,
+        **forward_rates(forwards, flops, matmul),
         "sample": config.sample_json(run.sample),
         "images_through_the_network": through,
         "images_per_second": drawn,

@@ -6,6 +6,7 @@ several curves; their spread is what a difference must be measured against.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -128,6 +129,18 @@ def speed_ups(
         if one:
             found.append(one)
     return found
+
+
+def decided_from(found: Sequence[SpeedUp]) -> float | None:
+    """The distance from which on, to the last of `found`, each verdict is that of the last.
+
+    None where there is none, or the last is undecided. found: as `speed_ups` gives them, early in training
+    first.
+    """
+    if not found or found[-1].verdict == "undecided":
+        return None
+    same = itertools.takewhile(lambda one: one.verdict == found[-1].verdict, reversed(found))
+    return [one.target for one in same][-1]
 
 
 def _agreed(one: SpeedUp, other: SpeedUp | None) -> str:

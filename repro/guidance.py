@@ -5,6 +5,7 @@ A denoiser here is anything called as D(x, sigma, labels), such as `repro.denois
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -90,13 +91,7 @@ def below(denoise: LabelledDenoiser, low: LabelledDenoiser, sigma_below: float) 
     As the expert denoisers of eDiff-I (Balaji et al. 2022), here to see at which noise levels one network is
     better than the other. sigma must be one number for the whole batch, as samplers give it.
     """
-
-    def switched(
-        x: Float[Tensor, "n c h w"], sigma: Float[Tensor, ""], labels: Int[Tensor, " n"] | None
-    ) -> Float[Tensor, "n c h w"]:
-        return (low if float(sigma) < sigma_below else denoise)(x, sigma, labels)
-
-    return switched
+    return interval(low, denoise, 0.0, math.nextafter(sigma_below, 0.0))
 
 
 def interval(

@@ -338,9 +338,9 @@ class Run:
         """
 
         def samples(line: dict) -> tuple:
-            keys = ("images", "ema_halflife_images", "first_seed", "features", "precision", "classifier")
-            keys += ("low_noise",)
-            return config.sample_from_json(line["sample"]), *map(line.get, keys)
+            about = ("images", "ema_halflife_images", "first_seed", "features", "precision")
+            others = ("classifier", "low_noise")
+            return config.sample_from_json(line["sample"]), *map(line.get, about + others)
 
         same = [other for other in self.metrics if "sample" in other and samples(other) == samples(line)]
         return sorted(

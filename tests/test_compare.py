@@ -258,6 +258,20 @@ def test_speed_ups_are_those_at_each_target_with_the_wider_of_two_intervals():
     assert compare.speed_ups(ways, "fast", "risen", 6) == []
 
 
+def test_a_verdict_is_decided_from_where_it_stays():
+    def found(*verdicts):
+        return [
+            compare.SpeedUp(100.0 - n, 1.0, 1.0, 1.0, 2, 2, 0.95, verdict)
+            for n, verdict in enumerate(verdicts)
+        ]
+
+    assert compare.decided_from(found("slower", "slower")) == 100
+    assert compare.decided_from(found("slower", "undecided", "faster", "slower", "slower")) == 97
+    assert compare.decided_from(found("undecided", "faster")) == 99
+    assert compare.decided_from(found("slower", "undecided")) is None  # one seed, say
+    assert compare.decided_from([]) is None
+
+
 def test_a_pair_says_all_that_is_known_of_two_ways():
     ways = {"fast": [power(1), power(1.1)], "slow": [power(2), power(2.2)], "alone": [power(1.05)]}
     found = compare.pair(ways, "fast", "slow")
