@@ -294,6 +294,14 @@ def measure(name: str, only_compile: bool = False) -> dict:
     }
 
 
+@torch.no_grad()
+def fill_zeros(net: nn.Module) -> None:
+    """Draw anew what an initialisation left 0, in place: products of zeros take a GPU less power and time."""
+    for parameter in net.parameters():
+        if not parameter.any():
+            parameter.normal_(std=0.02)
+
+
 def images_through_the_network(run: config.Config) -> int:
     """How many images pass through the network for each that is drawn as `run.sample` says."""
     levels = len(schedules.grid_for(schedules.from_config(run.schedule), run.sample)) - 1
@@ -303,7 +311,7 @@ def images_through_the_network(run: config.Config) -> int:
 def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) -> dict:
     """Time forward passes, drawing, and drawing with the features that a distance needs, in bfloat16.
 
-    Of batches of images in turn on one GPU, network and guidance as one CUDA graph. Images a second are over
+    Of batches of images in turn on one GPU, weights random, network and guidance as one CUDA graph. Images a second are over
     all `batches`, from noise to uint8 images; those with features in float32 as `evaluate` takes them.
     """
     how = SAMPLING[name]
@@ -313,6 +321,7 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
     train.find_place("cuda")
     torch.manual_seed(0)
     denoiser = runs.build(run).to("cuda", memory_format=torch.channels_last).eval().requires_grad_(False)
+    fill_zeros(denoiser.net)
     denoiser.net = runs.compiled(denoiser.net)
     network = evaluate.feature_network("efficientnet_lite0", "cuda")
     shape = (how.batch, run.data.channels, run.data.resolution, run.data.resolution)
