@@ -329,7 +329,7 @@ def _edm_runs() -> list[Config]:
     """Both arms of Figure 2, a second seed of the two, and other gammas beside them."""
     pair = [_lab_edm, _minsnr(_lab_edm, 5.0)]
     again = [_further(run, "-seed1", seed=1) for run in pair]
-    beside = [_minsnr(_lab_edm, gamma) for gamma in (1.0, 20.0)]
+    beside = [_further(_minsnr(_lab_edm, 1.0), ""), _minsnr(_lab_edm, 20.0)]
     return [*pair, *again, *beside, _paper_edm, _minsnr(_paper_edm, 5.0)]
 
 
