@@ -311,8 +311,9 @@ def images_through_the_network(run: config.Config) -> int:
 def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) -> dict:
     """Time forward passes, drawing, and drawing with the features that a distance needs, in bfloat16.
 
-    Of batches of images in turn on one GPU, weights random, network and guidance as one CUDA graph. Images a second are over
-    all `batches`, from noise to uint8 images; those with features in float32 as `evaluate` takes them.
+    Of batches of images in turn on one GPU, weights random, network and guidance as one CUDA graph. Images a
+    second are over all `batches`, from noise to uint8 images; those with features in float32 as `evaluate`
+    takes them.
     """
     how = SAMPLING[name]
     run = presets.preset(how.preset)
