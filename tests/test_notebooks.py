@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -91,6 +92,18 @@ def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monke
         files.append_line(
             folder / "metrics.jsonl", {**line, "value": 0.5, "first_seed": 7}
         )  # of other samples
+    # a sweep on other seeds, whose best was drawn too, and a short training with another learning rate
+    ways = {steps: replace(recorded.sample, steps=steps) for steps in (5, 10)}
+    for steps, value in ((5, 250.0), (10, 200.0)):
+        line = {**distance, "sample": config.sample_json(ways[steps]), "samples": 2000, "value": value}
+        files.append_line(folder / "metrics.jsonl", {**line, "first_seed": 3_000_000})
+    record = runs.read_record(folder / "run.json")
+    train.record_further_samples(folder, record, range(2), torch.device("cpu"), ways[10])
+    short = runs.Run("lab/eps-minsnr5-lr1e-3", tmp_path / "runs" / "lab" / "eps-minsnr5-lr1e-3", record)
+    shorter = replace(record.config, name=short.name, train=replace(record.config.train, lr=1e-3))
+    runs.write_record(short.path, replace(record, config=shorter, weights={}, samples=None, images=500_224))
+    early = next(m for m in recorded.distances(recorded.sample) if m["images"] == 500_224)
+    files.append_line(short.path / "metrics.jsonl", {**early, "value": 321.0})
     monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
     changes = {"run": "imagenet64-eps-minsnr5", "output": "fig10_imagenet64_vit", "recompute": 1}
     render.render(ID, out=tmp_path / "paper", overrides=changes)
@@ -101,6 +114,16 @@ def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monke
     measured = {kind: (m["value"], m["real_halves"]) for kind, m in found["precision_recall"].items()}
     assert measured == {"precision": (0.625, 0.75), "recall": (0.25, 0.75)}
     assert found["distance"]["value"] == pytest.approx(distance["value"], rel=1e-5)
+    assert found["best_of_sweep"]["value"] == 200 and "10 steps" in found["best_of_sweep"]["sampler"]
+    tables = tmp_path / "paper" / "tables"
+    rates = pd.read_csv(tables / "fig10_imagenet64_vit_learning_rates.csv")
+    rates = rates[~rates["sampler"].str.contains("classifier")]
+    assert list(rates["learning rate"]) == [0.001, 0.0005] and set(rates["images"]) == {"0.50M"}
+    assert rates.iloc[0, -1] == 321 and rates.iloc[1, -1] == pytest.approx(early["value"], abs=0.05)
+    tried = pd.read_csv(tables / "fig10_imagenet64_vit_samplers.csv")
+    assert set(tried["first seed"]) >= {3_000_000, 1_000_000}
+    rows = Image.open(tmp_path / "paper" / "figures" / "fig10_imagenet64_vit_guidance.png")
+    assert rows.width / rows.height == pytest.approx(2 / (1.3 * 2), rel=0.2)  # two rows of two images
     picture = Image.open(tmp_path / "paper" / "figures" / "fig10_imagenet64_vit.png")
     assert picture.height / picture.width == pytest.approx(0.6 * 82 / 64, abs=0.01)  # room for the names
 
