@@ -225,6 +225,38 @@ def by_softmax(gram: Float[Tensor, "T T"], steps: int = 250, rate: float = 0.1) 
     return combine(G, a.detach().softmax(0), steps)
 
 
+def max_min(gram: Float[Tensor, "T T"]) -> tuple[float, float, Float[Tensor, " T"]]:
+    """Equation 2 of the supplement as it stands, over u: max min_t <g_t, u> - |u|^2 / 2; |u|^2; all <g_t, u>.
+
+    By sequential quadratic programming (Kraft 1988, SciPy's SLSQP) over u and s, of s - |u|^2 / 2 where no
+    <g_t, u> is below s, in coordinates of the gradients' span: what of u is orthogonal to all of them only
+    costs. It knows nothing of weights: Theorem 1 says that u is that of `exact`, and the value |u|^2 / 2.
+    Raises `ReproError` where the search does not arrive.
+    """
+    G = _checked(gram)
+    unit = float(G.diagonal().max()) or 1.0  # the longest gradient has length 1 within
+    values, vectors = np.linalg.eigh((G / unit).cpu().numpy())
+    rows = vectors * np.sqrt(values.clip(min=0))  # g_t in these coordinates
+    constraint = np.hstack([rows, -np.ones((len(G), 1))])  # <g_t, u> - s >= 0
+    gradient_of_s = np.append(np.zeros(len(G)), 1.0)
+    found = optimize.minimize(
+        lambda z: z[:-1] @ z[:-1] / 2 - z[-1],
+        np.zeros(len(G) + 1),
+        jac=lambda z: np.append(z[:-1], 0.0) - gradient_of_s,
+        constraints={"type": "ineq", "fun": lambda z: constraint @ z, "jac": lambda _: constraint},
+        method="SLSQP",
+        options={"ftol": 1e-14, "maxiter": 1000},
+    )
+    if not found.success:
+        raise ReproError(f"the largest minimum of {len(G)} gradients was not found ({found.message})")
+    u = found.x[:-1]
+    return (
+        float(-found.fun * unit),
+        float(u @ u * unit),
+        torch.from_numpy(rows @ u * unit),
+    )
+
+
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ReproError(f"steps must be at least 1, not {steps}")

@@ -195,6 +195,21 @@ def test_theorem_1_on_a_grid_of_directions():
     assert float((g @ half).min() - half @ half / 2) == pytest.approx(0.75 * best)
 
 
+@settings(max_examples=300, deadline=None)
+@given(gradients())
+def test_theorem_1_by_another_solver(g):
+    """Equation 2, solved over directions by a method that knows no weights, has the value of Equation 8."""
+    G = pareto.gram(g)
+    value, squared_norm, products = pareto.max_min(G)
+    found = pareto.exact(G)
+    room = 1e-6 * scale(G)
+    assert value == pytest.approx(found.squared_norm / 2, abs=room)
+    assert squared_norm == pytest.approx(found.squared_norm, abs=10 * room)
+    # f is strongly convex in u: a value so near is reached only so near u, and products differ by less
+    slack = (2 * max(found.squared_norm / 2 - value, 0) * scale(G)) ** 0.5 + 1e-3 * scale(G)
+    assert float((products - found.products).abs().max()) <= slack
+
+
 @pytest.mark.parametrize(
     "g, least",
     [
