@@ -98,7 +98,9 @@ def train(name: str, arguments: list[str]) -> None:
             print(plan.describe(run, plan.plan(run, int(os.environ.get("WORLD_SIZE", 1)))))
         return
     if out.name != name.split("/")[1]:  # a run of its own, not the preset
-        run = replace(run, name=f"{name.split('/')[0]}/{out.name}", note=f"After the preset {name}.")
+        kept = "" if run.record_weights else " Its weights are not recorded."
+        told = run.note if run.note != preset(name).note else f"After the preset {name}.{kept}"
+        run = replace(run, name=f"{name.split('/')[0]}/{out.name}", note=told)
     folder = run_training(run, out, options.device, minutes=options.minutes)
     if os.environ.get("RANK", "0") == "0":
         print(f"recorded in {folder}")

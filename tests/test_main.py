@@ -327,6 +327,20 @@ def test_options_that_may_be_none_or_several(monkeypatch, name, options, wanted)
     assert (run.min_snr_factor, run.train.micro_batch, run.train.also_ema_halflife_images) == wanted
 
 
+def test_a_run_in_a_folder_of_its_own_says_after_which_preset_unless_it_has_a_note(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("repro.train.train", lambda run, *_, **__: seen.append((run.name, run.note)))
+    command = ["train", NAME, "--out", str(tmp_path / "mine")]
+    for options in ([], ["--no-record-weights"], ["--note", "A rate that was tried."]):
+        assert main([*command, *options]) == 0
+    after = f"After the preset {NAME}."
+    assert seen == [
+        ("lab/mine", after),
+        ("lab/mine", f"{after} Its weights are not recorded."),
+        ("lab/mine", "A rate that was tried."),
+    ]
+
+
 # Help -----------------------------------------------------------------------------------------------
 
 

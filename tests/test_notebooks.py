@@ -291,10 +291,16 @@ def test_figure_2_finds_the_speed_up_of_each_average(tmp_path, monkeypatch):
     assert main["Min-SNR-5"]["interval"] == pytest.approx([1.5 * np.exp(-half), 1.5 * np.exp(half)], rel=1e-4)
     assert values["verdict_is_the_same_for_each_average"] == {"Min-SNR-5": False}
     assert (values["missing"], values["runs"]) == (["Min-SNR-1"], 5)
-    assert values["switched"] == {
-        "EDM, Min-SNR-5 below": {"sigma": [0.1, 2.0], "value": [80.0, 70.0]},
-        "Min-SNR-5, EDM below": {"sigma": [0.1, 2.0], "value": [100.0, 110.0]},
+    switched = values["switched"]
+    assert {arm: (line["sigma"], line["value"]) for arm, line in switched.items()} == {
+        "EDM": ([0.1, 2.0], [80.0, 70.0]),
+        "Min-SNR-5": ([0.1, 2.0], [100.0, 110.0]),
     }
+    edm, other = (values["curves"]["80000"][arm][0]["values"][-1] for arm in ("EDM", "Min-SNR-5"))
+    assert switched["EDM"]["share_made_below"][0] == pytest.approx((80 - edm) / (other - edm), rel=1e-3)
+    assert switched["Min-SNR-5"]["share_made_below"][1] == pytest.approx(
+        (110 - other) / (edm - other), rel=1e-3
+    )
     # E[min(1, gamma sigma^2)] for ln sigma ~ N(m, s^2), by the normal distribution
     m, s = -1.2, 1.2
     for arm, gamma in (("Min-SNR-1", 1), ("Min-SNR-5", 5), ("Min-SNR-20", 20)):
