@@ -376,6 +376,50 @@ def test_the_best_sampler_is_the_one_in_the_records(tmp_path, monkeypatch):
     assert "Heun, 2 steps from σ = 80" in (out / "tables" / "sec4_5_samplers_all.md").read_text()
 
 
+def test_theorem_1_of_gradients_that_are_known(tmp_path, monkeypatch):
+    """Orthogonal gradients of lengths 1, 2 and 4; and two early ones of which one nearly undoes the other."""
+    source = runs.load_run("lab/imagenet64-x0-constant")
+    shared = {"name": "gradients by noise level", "count": 8, "device": "cpu"}
+    grams = {"x0-constant": torch.diag(torch.tensor([1.0, 4.0, 16.0]))}
+    opposed = torch.tensor([[1.0, 0.0], [-0.9, 0.1]])
+    grams["x0-constant-early"] = opposed @ opposed.T
+    for name, G in grams.items():
+        folder = tmp_path / "runs" / "lab" / f"imagenet64-{name}"
+        renamed = replace(source.config, name=f"lab/imagenet64-{name}")
+        runs.write_record(folder, replace(source.record, config=renamed, weights={}, samples=None))
+        halves = G.clone()
+        halves[0, 0] = -1e-3 if name == "x0-constant" else 0.5  # too few images to tell; and half of it known
+        line = {**shared, "images": 1000, "sigmas": [0.1, 1.0, 10.0][: len(G)]}
+        files.append_line(folder / "metrics.jsonl", {**line, "gram": G.tolist(), "halves": halves.tolist()})
+    monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "paper").mkdir()
+    shutil.copy(provenance.ROOT / "notebooks" / "sec1_pareto.ipynb", tmp_path / "notebooks")
+    figures = tmp_path / "paper" / "figures.toml"
+    figures.write_text('[sec1_pareto]\nnotebook = "notebooks/sec1_pareto.ipynb"\ntime_limit = 300\n')
+    render.render("sec1_pareto", figures)
+    values = json.loads((tmp_path / "paper" / "values" / "sec1_pareto.json").read_text())["values"]
+    late, early = "imagenet64-x0-constant", "imagenet64-x0-constant-early"
+    shares = np.array([1, 1 / 4, 1 / 16]) / (1 + 1 / 4 + 1 / 16)
+    np.testing.assert_allclose(values["weights"][late]["UGD, exact"], shares, rtol=1e-4)
+    # SNR is 100, 1 and 0.01; min(SNR, 5) is 5, 1 and 0.01
+    np.testing.assert_allclose(values["weights"][late]["Min-SNR-5"], np.array([5, 1, 0.01]) / 6.01, rtol=1e-4)
+    descent = {(row["run"], row["weight"]): row for row in values["descent"]}
+    assert all(row["levels lowered"] == row["of"] for (run, _), row in descent.items() if run == late)
+    # of the early two, the SNR weight takes nearly all from the first, and raises the second's loss
+    assert descent[early, "SNR (constant on ε)"]["levels lowered"] == 1
+    assert descent[early, "UGD, exact"]["levels lowered"] == 2
+    conflicts = {row["run"]: row for row in values["conflicts"]}
+    assert conflicts[late]["levels known"] == "2 of 3" and conflicts[late]["least cosine in a batch"] == 0
+    apart = -0.9 / np.hypot(0.9, 0.1)
+    assert conflicts[early]["least cosine in a batch"] == pytest.approx(apart, rel=1e-4)
+    assert conflicts[early]["least cosine of all images"] == pytest.approx(apart / np.sqrt(0.5), rel=1e-4)
+    theorem = {row["gradients"]: row for row in values["theorem"]}
+    least = 1 / (1 + 1 / 4 + 1 / 16)  # |u|^2; the mean squared length is 7
+    assert theorem[late]["Eq. 2"] == pytest.approx(least / 2 / 7, rel=1e-4)
+    assert values["eq_7"] == {"at_one_half": pytest.approx(0.375), "largest": pytest.approx(0.5)}
+
+
 def test_notebooks_hold_no_outputs_functions_or_classes():
     for path in sorted((provenance.ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
