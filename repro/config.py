@@ -125,11 +125,20 @@ class Schedule:
 class Weight:
     """A loss weight, a function of SNR in x0-space (see `repro.weights`)."""
 
-    name: Literal["constant", "snr", "truncated_snr", "min_snr", "soft_min_snr", "p2", "edm"] = "min_snr"
+    name: Literal["constant", "snr", "truncated_snr", "min_snr", "soft_min_snr", "p2", "edm", "ugd"] = (
+        "min_snr"
+    )
     gamma: float | None = None
     """The gamma of min_snr and soft_min_snr (5 in the paper), or the exponent of p2 (1)."""
     k: float | None = None
     """The offset k of p2 (1)."""
+    bins: Annotated[int, Field(ge=1)] | None = None
+    """Of ugd: in how many bins, of noise levels that are trained equally often, the weight is one number."""
+    every_images: Annotated[int, Field(ge=1)] | None = None
+    """Of ugd: after how many images the bins' weights are computed anew."""
+    probe_images: Annotated[int, Field(ge=1)] | None = None
+    """Of ugd: of how many images of the batch the bins' gradients are then taken, in float32 (TF32 where
+    training is in bf16); they need bins * parameters numbers of memory."""
 
 
 @dataclass(frozen=True, config=strict)

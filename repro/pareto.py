@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from repro import config, data, evaluate, provenance, runs, sample, weights
-from repro.denoiser import Denoiser, Parameterization
+from repro.denoiser import X0, Denoiser, Parameterization
 from repro.files import ReproError
 from repro.models.norm import GroupNorm
 
@@ -58,7 +58,7 @@ class _Loss(nn.Module):
         self.denoiser, self.weight = denoiser, weight
 
     def forward(self, y: Tensor, noise: Tensor, sigma: Tensor, labels: Tensor | None) -> Tensor:
-        """As `Denoiser.loss`, for one sigma of all images."""
+        """As `Denoiser.loss`, for one sigma of all images, or one each."""
         return self.denoiser.loss(y, noise, sigma.expand(len(y)), labels, self.weight).mean()
 
 
@@ -66,18 +66,18 @@ def gradients(
     denoiser: Denoiser,
     y: Float[Tensor, "n c h w"],
     noise: Float[Tensor, "n c h w"],
-    sigmas: Float[Tensor, " T"],
+    sigmas: Float[Tensor, " T"] | Float[Tensor, "T n"],
     weight: weights.Weight,
     labels: Int[Tensor, " n"] | None = None,
     chunk: int = 4,
 ) -> Float[Tensor, "T p"]:
     """Of the mean loss over the images, by all parameters of the network: one row a noise level.
 
-    All levels see the same images and noise, so that they differ in nothing else. `chunk` levels pass through
-    the network at a time (torch.func.vmap): that takes the activations of chunk * n images and chunk * p
-    numbers, and the result is T * p of them. The network is used in the mode it is in: dropout belongs
-    switched off. Raises `ReproError` for levels that are not above 0, shapes that differ, and gradients that
-    are not finite.
+    sigmas: one level a row, or one for each image of a row. All rows see the same images and noise, so that
+    they differ in nothing else. `chunk` rows pass through the network at a time (torch.func.vmap): that takes
+    the activations of chunk * n images and chunk * p numbers, and the result is T * p of them. The network is
+    used in the mode it is in: dropout belongs switched off. Raises `ReproError` for levels that are not above
+    0, shapes that differ, and gradients that are not finite.
     """
     if not (torch.isfinite(sigmas).all() and (sigmas > 0).all() and len(sigmas)):
         raise ReproError("noise levels must be finite, above 0, and one or more")
@@ -103,7 +103,7 @@ def gradients(
             for part, name in zip(into, parameters, strict=True):
                 part.copy_(found[name].flatten(1))
     if broken := (~torch.isfinite(rows).all(1)).nonzero()[:, 0].tolist():
-        raise ReproError(f"the gradient at sigma = {float(sigmas[broken[0]]):.4g} is not finite")
+        raise ReproError(f"the gradient at sigma = {float(sigmas[broken[0]].flatten()[0]):.4g} is not finite")
     return rows
 
 
@@ -273,6 +273,26 @@ def _checked(gram: Tensor) -> Float[Tensor, "T T"]:
     if (G.diagonal() < 0).any() or float((G - G.T).abs().max()) > 1e-6 * max(largest, 0.0):
         raise ReproError("a Gram matrix is symmetric and has no negative square: build it with pareto.gram")
     return (G + G.T) / 2
+
+
+def of_bins(
+    denoiser: Denoiser,
+    y: Float[Tensor, "n c h w"],
+    noise: Float[Tensor, "n c h w"],
+    uniform: Float[Tensor, " n"],
+    bins: int,
+    labels: Int[Tensor, " n"] | None = None,
+    chunk: int = 4,
+) -> Combination:
+    """Theorem 1's weights of bins of noise levels that are trained equally often, on the loss in x0.
+
+    Each image is seen at one level of every bin: where `uniform`, in [0, 1), says within the bin. Memory and
+    errors are those of `gradients`.
+    """
+    within = (torch.arange(bins, device=uniform.device)[:, None] + uniform.double()) / bins
+    on_x0 = weights.from_config(config.Weight("constant"), X0)
+    rows = gradients(denoiser, y, noise, denoiser.schedule.draw(within), on_x0, labels, chunk)
+    return exact(gram(rows, 2**18))
 
 
 # Of a recorded run ----------------------------------------------------------------------------------

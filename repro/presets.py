@@ -242,6 +242,17 @@ def _arms() -> list[Config]:
     return [*lab.values(), *further, *(arm(_paper_arm, name) for name in ARMS)]
 
 
+# Figure 8 (supplement, section 4.2): a weight that follows from gradients while training --------------------
+
+_lab_ugd = replace(
+    _lab_arm,
+    name="lab/imagenet64-ugd",
+    parameterization="x0",
+    weight=Weight("ugd", bins=20, every_images=25_600, probe_images=256),
+    note="Beside Figure 8: an arm of Figure 1 that predicts x0; its weight is Theorem 1's of 20 bins of noise "
+    "levels, computed anew every 100 steps.",
+)
+
 # Figure 2 (supplement, section 4.1.1): Min-SNR inside EDM on ImageNet 64 x 64 ----------------------------
 
 _adm = UNet(
@@ -420,6 +431,7 @@ PRESETS: dict[str, Config] = {
         _lab_imagenet64_classifier,
         _paper_imagenet64_classifier,
         *_arms(),
+        _lab_ugd,
         *_edm_runs(),
         _lab_imagenet64_vit,
         _paper_imagenet64_vit,

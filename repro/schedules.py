@@ -65,7 +65,7 @@ class DiscreteVP:
         """What the network is told: the timestep's index, as float32."""
         return self.nearest(sigma).float()
 
-    def draw(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def draw(self, uniform: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
         """Training noise levels from numbers uniform in [0, 1): each trained sigma equally often."""
         index = (uniform.double() * len(self.sigmas)).long().clamp(max=len(self.sigmas) - 1)
         return self._on(uniform.device)[index]
@@ -91,7 +91,7 @@ class EDM:
         """What the network is told, c_noise = ln(sigma) / 4, as float32."""
         return (sigma.double().log() / 4).float()
 
-    def draw(self, uniform: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def draw(self, uniform: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
         """Training noise levels from numbers uniform in [0, 1), by the inverse normal distribution."""
         inside = uniform.double().clamp(1e-9, 1 - 1e-9)
         return (self.P_mean + self.P_std * torch.special.ndtri(inside)).exp()

@@ -31,7 +31,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from repro import config, cuda_graph, data, evaluate, files, provenance, runs, sample, schedules, weights
+from repro import (
+    config,
+    cuda_graph,
+    data,
+    evaluate,
+    files,
+    pareto,
+    provenance,
+    runs,
+    sample,
+    schedules,
+    weights,
+)
 from repro.classifier import Classifier
 from repro.denoiser import Denoiser
 from repro.files import ReproError
@@ -269,6 +281,16 @@ class Trainer:
         self.weight = None
         if run.model.kind != "classifier":
             self.weight = weights.of_run(run, self.denoiser.parameterization)
+        self.balance_every = 0
+        """Steps after which a weight `ugd` is computed anew; 0 for all others."""
+        if run.weight.name == "ugd" and self.weight is not None:
+            if run.weight.probe_images > run.train.batch // place.world:
+                raise ReproError(
+                    f"weight.probe_images is {run.weight.probe_images}, more than the "
+                    f"{run.train.batch // place.world} images that a process has of a batch"
+                )
+            self.weight = self.weight.to(place.device)
+            self.balance_every = max(1, round(run.weight.every_images / run.train.batch))
         self.step, self.seconds = 0, 0.0
         self.stopped = False
         """Whether the state is that of a time limit, and so to be measured."""
@@ -340,6 +362,29 @@ class Trainer:
         self.step += 1
         return loss
 
+    def balance(self, y: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None) -> None:
+        """Give the bins of a weight `ugd` the weights of Theorem 1, by the first images of process 0's batch.
+
+        Scaled to a mean of 1. By the network itself, not its average, without dropout and dropped labels.
+        """
+        count = self.run.weight.probe_images
+        if self.place.first:
+            generator = torch.Generator(self.place.device)
+            generator.manual_seed(seed_of(self.run.train.seed, "balance", self.step))
+            options = {"device": self.place.device, "generator": generator}
+            noise, uniform = torch.randn(y[:count].shape, **options), torch.rand(count, **options)
+            known = labels[:count] if self.run.data.classes else None
+            self.net.eval()
+            try:
+                with tf32(self.run.train.precision == "bf16"):
+                    plain = self.denoiser.with_net(self.net)
+                    found = pareto.of_bins(plain, y[:count], noise, uniform, self.run.weight.bins, known)
+            finally:
+                self.net.train()
+            self.weight.values.copy_(found.weights * len(found.weights))  # in place: a captured step reads it
+        if self.place.world > 1:
+            torch.distributed.broadcast(self.weight.values, 0)
+
     def _update(
         self, y: Tensor, noise: Tensor, uniform: Tensor, labels: Tensor | None = None
     ) -> Float[Tensor, ""]:
@@ -408,6 +453,8 @@ class Trainer:
             }
         for prefix, average in self._averages_by_prefix():
             tensors |= {f"{prefix}.{name}": tensor for name, tensor in average.items()}
+        if self.balance_every:
+            tensors["weight.values"] = self.weight.values
         plain = {name: tensor.detach().cpu().contiguous(memory_format=torch.contiguous_format)
                  for name, tensor in tensors.items()}  # fmt: skip
         if broken := [name for name, tensor in plain.items() if not tensor.isfinite().all()]:
@@ -465,6 +512,8 @@ class Trainer:
             for prefix, average in self._averages_by_prefix():
                 for name, tensor in average.items():
                     tensor.copy_(tensors[f"{prefix}.{name}"])
+            if self.balance_every:
+                self.weight.values.copy_(tensors["weight.values"])
         self.captured = None  # a graph would go on with the tensors replaced above
         self.step, self.seconds, self.stopped = about["step"], about["seconds"], about.get("stopped", False)
         self.sessions = [runs.Session(**session) for session in about.get("sessions", [])]
@@ -644,7 +693,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
             network = network or evaluate.feature_network(run.evaluate.features, place.device)
         if measure:
             for line in measured(trainer, network, real, trained_on, held_out, last):
-                write("metrics.jsonl", line)
+                write("metrics.jsonl", line | {"training_seconds": now.seconds})
                 say(f"{trainer.images:>12,} images  {line['name']}: {line['value']:.4f}")
         if place.first and classifying:
             record_weights(out, now, trainer.ema)
@@ -673,6 +722,8 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         while trainer.step < total and not stop:
             y, labels = upcoming.result()
             upcoming = loader.submit(batches.fetch, trainer.step + 1)
+            if trainer.balance_every and trainer.step % trainer.balance_every == 0:
+                trainer.balance(y, labels)
             losses.append(trainer.train_step(y, labels, draw(run, trainer.step, place, generator)))
             step, images = trainer.step, trainer.images
             if step % log_every == 0:
@@ -702,6 +753,8 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
                     "gradient_norm": norm,
                     "clipped": clipped,
                 }
+                if trainer.balance_every:
+                    line["weights"] = trainer.weight.values.tolist()
                 write("log.jsonl", line)
                 say(f"{images:>12,} images  loss {loss:.5f}  {speed:,.0f} images/s")
                 losses, logged_at, logged_images = [], time.perf_counter(), images

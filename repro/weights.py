@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from repro import config
+from repro import config, schedules
 from repro.files import ReproError
 
 if TYPE_CHECKING:
@@ -71,19 +73,56 @@ def min_snr_factor(snr: Float[Tensor, " *n"], gamma: float = 5.0) -> Float[Tenso
     return (gamma / snr).clamp(max=1)
 
 
+@dataclass(eq=False)
+class Table:
+    """A weight that is one number in each bin of noise levels; training may change the numbers in place.
+
+    edges: ascending sigmas between the bins, float64, one fewer than bins. values: one a bin, from the lowest
+    noise to the highest, at least 0, float64.
+    """
+
+    edges: Float[Tensor, " edges"]
+    values: Float[Tensor, " bins"]
+
+    def __call__(self, snr: Float[Tensor, " *n"]) -> Float[Tensor, " *n"]:
+        """The number of the bin in which sigma = 1 / sqrt(SNR) lies, in the type of `snr`."""
+        bins = torch.bucketize(1 / snr.double().sqrt(), self.edges, right=True)
+        return self.values[bins].to(snr.dtype)
+
+    def to(self, device: str | torch.device) -> Table:
+        """The same on a device."""
+        return Table(self.edges.to(device), self.values.to(device))
+
+
+def table(schedule: schedules.DiscreteVP | schedules.EDM, bins: int) -> Table:
+    """A `Table` of ones, whose bins hold noise levels that are trained equally often. bins at least 1."""
+    firsts = schedule.draw(torch.arange(1, bins, dtype=torch.float64) / bins)
+    return Table(
+        firsts * (1 - 1e-9), torch.ones(bins, dtype=torch.float64)
+    )  # a bin's first level lies within
+
+
 def from_config(weight: config.Weight, parameterization: Parameterization, sigma_data: float = 0.5) -> Weight:
     """The weight that a configuration names, as a function of SNR alone.
 
     Raises `ReproError` for an option that the weight does not have, and for a gamma or k that is not
     positive and finite: a number that is silently ignored would make two runs look different that are not.
     """
-    takes = {"min_snr": ("gamma",), "soft_min_snr": ("gamma",), "p2": ("gamma", "k")}.get(weight.name, ())
-    given = {key: value for key in ("gamma", "k") if (value := getattr(weight, key)) is not None}
+    takes = {
+        "min_snr": ("gamma",),
+        "soft_min_snr": ("gamma",),
+        "p2": ("gamma", "k"),
+        "ugd": ("bins", "every_images", "probe_images"),
+    }.get(weight.name, ())
+    options = ("gamma", "k", "bins", "every_images", "probe_images")
+    given = {key: value for key in options if (value := getattr(weight, key)) is not None}
     for key, value in given.items():
         if key not in takes:
             raise ReproError(f"the weight {weight.name!r} has no {key}; leave it out")
         if not 0 < value < math.inf:
             raise ReproError(f"{key} of the weight {weight.name!r} must be positive and finite, not {value}")
+    if weight.name == "ugd":
+        raise ReproError("the weight 'ugd' follows from gradients while a network is trained: use of_run")
     if weight.name == "constant":
         return partial(constant, parameterization=parameterization)
     if weight.name == "edm":
@@ -97,8 +136,15 @@ def of_run(run: config.Config, parameterization: Parameterization) -> Weight:
     """The loss weight of a run: its `weight`, times `min_snr_factor` where it has one, a function of SNR.
 
     parameterization: the run's, for the weight that is constant in the network's space. SNR in [0, infinity],
-    limits included, any float type, which is kept. Raises `ReproError` as `from_config` does.
+    limits included, any float type, which is kept. `ugd` is a `Table` of ones, for training to change.
+    Raises `ReproError` as `from_config` does, and for a `ugd` without one of its options, or with the factor.
     """
+    if run.weight.name == "ugd":
+        if missing := [o for o in ("bins", "every_images", "probe_images") if getattr(run.weight, o) is None]:
+            raise ReproError(f"the weight 'ugd' needs {', '.join(missing)}")
+        if run.weight.gamma is not None or run.weight.k is not None or run.min_snr_factor is not None:
+            raise ReproError("the weight 'ugd' has no gamma, k or min_snr_factor; leave them out")
+        return table(schedules.from_config(run.schedule), run.weight.bins)
     weight, gamma = from_config(run.weight, parameterization, run.sigma_data), run.min_snr_factor
     if gamma is None:
         return weight

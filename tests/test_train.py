@@ -23,6 +23,7 @@ from repro import (
     denoiser,
     evaluate,
     files,
+    pareto,
     prepare,
     presets,
     provenance,
@@ -404,6 +405,72 @@ def test_two_processes_train_and_sample_what_one_does(home, changes):
     torchrun(2, "-m", "repro", "sample", home / "one", "--seeds", "3", "8", "--out", home / "drawn")
     pictures = [np.asarray(Image.open(home / "drawn" / f"{seed}.png")) for seed in range(3, 8)]
     np.testing.assert_array_equal(pictures, one.draw(range(3, 8)))
+
+
+UGD = config.Weight("ugd", bins=3, every_images=8, probe_images=2)
+OTHERWISE = f"dataclasses.replace(RUN, weight=train.config.{UGD!r}, parameterization='x0')"
+
+
+@pytest.mark.parametrize("predicts", ["x0", "v"])
+def test_a_weight_that_follows_from_gradients_is_that_of_theorem_1(home, predicts):
+    """In the first step, by gradients taken one by one; then anew after every 8 images, in the log."""
+    run = dataclasses.replace(change(RUN, images=16), weight=UGD, parameterization=predicts)
+    trainer = train.Trainer(run, CPU)
+    real = data.load("drawn")
+    y, labels = train.Batches(real, np.arange(10), run.train, CPU).fetch(0)
+    trainer.balance(y, labels)
+    generator = torch.Generator().manual_seed(train.seed_of(run.train.seed, "balance", 0))
+    noise, uniform = torch.randn(2, 3, 64, 64, generator=generator), torch.rand(2, generator=generator)
+    D, rows = trainer.denoiser, []
+    for level in range(3):
+        sigma = D.schedule.draw((level + uniform.double()) / 3)
+        x = y[:2] + sigma.float()[:, None, None, None] * noise
+        loss = (D(x, sigma) - y[:2]).square().mean()  # in x0, whatever the network predicts
+        found = torch.autograd.grad(loss, list(trainer.net.parameters()), allow_unused=True)
+        rows.append(torch.cat([g.flatten() for g in found if g is not None]))
+    wanted = 3 * pareto.exact(pareto.gram(torch.stack(rows))).weights
+    torch.testing.assert_close(trainer.weight.values, wanted, rtol=1e-3, atol=1e-4)
+    assert float(trainer.weight.values.mean()) == pytest.approx(1) and trainer.net.training
+    log = files.read_lines(train.train(run, home / "out", "cpu", grid=(1, 1)) / "log.jsonl")
+    weights = [line["weights"] for line in log]  # after 4, 8, 12 and 16 images
+    np.testing.assert_allclose(weights[0], wanted, rtol=1e-3, atol=1e-4)
+    assert weights[0] == weights[1] and weights[2] == weights[3]
+    assert predicts == "v" or weights[1] != weights[2]  # of v, the level of least noise has all, twice
+
+
+def test_such_a_weight_is_resumed_and_the_same_on_two_processes(home):
+    code = script(home / "two", changes="images=24").replace("change(RUN,", f"change({OTHERWISE},")
+    assert "ugd" in code
+    (home / "two.py").write_text(code)
+    torchrun(2, home / "two.py")
+    run = change(dataclasses.replace(RUN, weight=UGD, parameterization="x0"), images=24)
+    one = train.train(run, home / "one", "cpu", grid=(1, 1))
+    for seen, wanted in zip(
+        files.read_lines(home / "two" / "log.jsonl"), files.read_lines(one / "log.jsonl"), strict=True
+    ):
+        np.testing.assert_allclose(seen["weights"], wanted["weights"], rtol=1e-3, atol=1e-4)
+        assert seen["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+    # stopped between two computations of the weights, it goes on with those that it had
+    parts = train.train(change(run, images=12, state_every_images=12), home / "parts", "cpu", grid=(1, 1))
+    train.train(run, parts, "cpu", grid=(1, 1))
+    assert log_of(parts) == log_of(one)
+    weights = [
+        [line["weights"] for line in files.read_lines(folder / "log.jsonl")] for folder in (parts, one)
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_a_weight_that_cannot_be_computed_is_refused():
+    few = dataclasses.replace(RUN, weight=dataclasses.replace(UGD, probe_images=5))
+    with pytest.raises(ReproError, match="weight.probe_images is 5, more than the 4 images that a process"):
+        train.Trainer(few, CPU)
+    for weight, message in (
+        (dataclasses.replace(UGD, bins=None), "the weight 'ugd' needs bins"),
+        (dataclasses.replace(UGD, gamma=5.0), "has no gamma, k or min_snr_factor"),
+        (config.Weight("snr", bins=3), "the weight 'snr' has no bins; leave it out"),
+    ):
+        with pytest.raises(ReproError, match=message):
+            train.Trainer(dataclasses.replace(RUN, weight=weight), CPU)
 
 
 GRADIENTS = """
