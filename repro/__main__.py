@@ -321,6 +321,7 @@ def gradients(
     images: int = 256,
     batch: int = 32,
     chunk: int = 4,
+    groups: int = 8,
     record: bool = True,
     device: Device = None,
 ) -> None:
@@ -332,6 +333,7 @@ def gradients(
         images: Training images over which each gradient is the mean.
         batch: Images at a time.
         chunk: Levels at a time.
+        groups: Of images, whose differences tell how sure the result is.
         record: Append to metrics.jsonl; --no-record only prints.
         device: By default the GPU if there is one.
     """
@@ -341,8 +343,10 @@ def gradients(
     recorded, place = runs.load_run(run), training.find_place(device)
     if place.world > 1:
         raise ReproError("gradients are measured by one process: start it without torchrun")
-    line = pareto.measure(recorded, levels, images, place.device, batch, chunk)
-    least = "not known from so few images" if line["value"] is None else f"{line['value']:.4f}"
+    line = pareto.measure(recorded, levels, images, place.device, batch, chunk, groups)
+    least = "not known from so few images"
+    if line["value"] is not None:
+        least = f"{line['value']:.4f}, standard error {line['value_error']:.4f}"
     print(f"{line['name']}: the least cosine of any two of {levels} is {least}")
     if record:
         files.append_line(recorded.path / "metrics.jsonl", line)

@@ -365,6 +365,7 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
         "sample": config.sample_json(run.sample),
         "images_through_the_network": through,
         "images_per_second": drawn,
+        "passes_per_second_drawing": drawn * through,
         "sampling_share_of_matmul": drawn * through * flops / matmul,
         "images_per_second_with_features": measured,
         "seconds_to_start": round(seconds_to_start, 1),

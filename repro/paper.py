@@ -401,7 +401,7 @@ def _solver(sample: dict) -> str:
     if sample["sampler"] == "dpm_solver":
         return f"DPM-Solver++({sample['order']}M)" if sample["multistep"] else f"DPM-Solver-{sample['order']}"
     return {
-        "heun": "Heun",
+        "heun": "Heun" + (f" (churn {sample['churn']:g})" if sample.get("churn") else ""),
         "ancestral": {0: "DDIM", 1: "ancestral"}.get(sample["eta"], f"ancestral (η = {sample['eta']:g})"),
         "euler_maruyama": "Euler–Maruyama",
     }[sample["sampler"]]

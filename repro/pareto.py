@@ -13,6 +13,8 @@ Frank-Wolfe").
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -298,6 +300,49 @@ def of_bins(
 # Of a recorded run ----------------------------------------------------------------------------------
 
 
+def agreement(products: Float[Tensor, "K K T T"]) -> dict[str, Tensor]:
+    """How the gradients of T noise levels agree, from inner products of those of K disjoint groups of images.
+
+    products[a, b, s, t] is that of group a's gradient at level s and group b's at t, of mean losses. `gram`
+    is the Gram matrix of the mean over all images. A gradient of finitely many images is longer than that of
+    all there could be, and its inner product with itself too large; products of different groups are not:
+    `between`, their mean, estimates the inner products of the gradients of all images there could be, and
+    `cosines` their cosines, NaN at levels that are not `known`: whose squared length is not above 3 of its
+    standard errors. `..._errors` are standard errors, by the jackknife that leaves out a group at a time.
+    Raises `ReproError` for fewer than 3 groups.
+    """
+    groups = len(products)
+    if groups < 3:
+        raise ReproError(f"standard errors need 3 groups of images or more, not {groups}")
+
+    def between(some: Tensor) -> Tensor:
+        K = len(some)
+        return (some.sum((0, 1)) - some.diagonal().sum(-1)) / (K * (K - 1))
+
+    def cosines(inner: Tensor) -> Tensor:
+        length = inner.diagonal().clamp(min=0).sqrt()
+        return inner / length.outer(length)
+
+    def error(left_out: list[Tensor]) -> Tensor:
+        values = torch.stack(left_out)
+        return ((groups - 1) / groups * (values - values.mean(0)).square().sum(0)).sqrt()
+
+    rest = [[b for b in range(groups) if b != a] for a in range(groups)]
+    without = [between(products[keep][:, keep]) for keep in rest]
+    whole, errors = between(products), error(without)
+    known = whole.diagonal() > 3 * errors.diagonal()
+    both = known.outer(known)
+    gram = products.mean((0, 1))
+    return {
+        "gram": (gram + gram.T) / 2,
+        "between": whole,
+        "between_errors": errors,
+        "cosines": cosines(whole).where(both, torch.nan),
+        "cosine_errors": error([cosines(inner) for inner in without]).where(both, torch.nan),
+        "known": known,
+    }
+
+
 def measure(
     recorded: runs.Run,
     levels: int = 20,
@@ -305,26 +350,26 @@ def measure(
     device: str | torch.device = "cpu",
     batch: int = 32,
     chunk: int = 4,
+    groups: int = 8,
 ) -> dict:
     """Inner products of a recorded network's gradients by noise level: a line for metrics.jsonl.
 
     Of the mean over `images` training images, spread evenly over their order, of the loss that is constant
     on the network's own output, at `levels` noise levels that stand for equal shares of those trained. With a
-    weight w_t on that output, element s, t of the Gram matrix is w_s w_t times what is recorded: `of_weight`.
+    weight w_t on that output, element s, t of a matrix of inner products is w_s w_t times what is recorded:
+    `of_weight`. The line has what `agreement` gives of `groups` interleaved groups of the images; its value
+    is the least cosine of two known levels, with its standard error, none where there are not two.
 
-    `gram` is of all images. A gradient of finitely many images is longer than that of all there could be; the
-    inner products of the gradients of one half of the images with those of the other, `halves`, are not:
-    they estimate those without that bias, and are no Gram matrix. The line's value is the least cosine of two
-    levels by these, none where the images are too few to tell. Image i, never mirrored, has the same noise at
-    every level and for every run. Computed in float32, for `batch` images of `chunk` levels at a time, in the
-    memory of 3 * levels * parameters numbers besides. Raises `ReproError` where the run is none of a
-    denoiser or has no weights, where the prepared data are other ones, and for numbers that cannot be.
+    Image i, never mirrored, has the same noise at every level and for every run. Computed in float32, for
+    `batch` images of `chunk` levels at a time, in the memory of (groups + 1) * levels * parameters numbers
+    besides. Raises `ReproError` where the run is none of a denoiser or has no weights, where the prepared
+    data are other ones, and for numbers that cannot be.
     """
     began = time.perf_counter()
-    if levels < 1 or batch < 1 or images < 2 * batch or images % (2 * batch):
+    if levels < 1 or batch < 1 or groups < 3 or images < groups * batch or images % (groups * batch):
         raise ReproError(
-            f"gradients of {images} images at {levels} levels cannot be taken: give at least 1 level, and "
-            f"a multiple of twice the {batch} images that are taken at once"
+            f"gradients of {images} images at {levels} levels cannot be taken: give at least 1 level, 3 "
+            f"groups or more, and a multiple of {groups} times the {batch} images that are taken at once"
         )
     run, about = recorded.config, recorded.record.data
     D = recorded.denoiser(device)
@@ -335,32 +380,40 @@ def measure(
     rows = train[np.arange(images) * len(train) // images]
     sigmas = evaluate.levels_of(D.schedule, levels)
     weight = weights.from_config(config.Weight("constant"), D.parameterization, run.sigma_data)
-    halves: list[Tensor] = []
-    for half in (rows[0::2], rows[1::2]):
+    means: list[Tensor] = []
+    for group in (rows[first::groups] for first in range(groups)):
         total = None
-        for first in range(0, len(half), batch):
-            some = half[first : first + batch]
+        for first in range(0, len(group), batch):
+            some = group[first : first + batch]
             y = sample.from_uint8(torch.from_numpy(real.images[some])).to(device)
             noise = sample.SeedNoise([NOISE_SEED + int(i) for i in some], y.shape[1:], device)()
             labels = torch.from_numpy(real.labels[some]).to(device) if run.data.classes else None
-            found = gradients(D, y, noise, sigmas, weight, labels, chunk).mul_(batch / len(half))
+            found = gradients(D, y, noise, sigmas, weight, labels, chunk).mul_(batch / len(group))
             total = found if total is None else total.add_(found)
-        halves.append(total)
-    one, other = halves
-    between = _products(one, other, 2**18)
-    between = (between + between.T) / 2
-    whole = gram(one.add_(other).div_(2), 2**18)
-    lengths = between.diagonal().clamp(min=0).sqrt()
-    known = lengths > 0
-    cosines = (between / lengths.outer(lengths))[known][:, known]
+        means.append(total)
+    products = torch.empty(groups, groups, levels, levels, dtype=torch.float64)
+    for a, b in itertools.combinations_with_replacement(range(groups), 2):
+        inner = _products(means[a], means[b], 2**18).cpu()
+        products[a, b], products[b, a] = inner, inner.T
+    found = agreement(products)
+    cosines = found["cosines"].clone().fill_diagonal_(torch.nan)
+    least = None
+    if bool(torch.isfinite(cosines).any()):
+        least = int(cosines.nan_to_num(torch.inf).argmin())
+    plain = {
+        name: [[None if math.isnan(x) else x for x in row] for row in found[name].tolist()]
+        for name in ("gram", "between", "between_errors", "cosines", "cosine_errors")
+    }
     return {
         "name": "gradients by noise level",
-        "value": float(cosines.min()) if known.any() else None,
+        "value": None if least is None else float(cosines.flatten()[least]),
+        "value_error": None if least is None else float(found["cosine_errors"].flatten()[least]),
         "images": recorded.record.images,
         "sigmas": sigmas.tolist(),
         "timesteps": D.schedule.network_time(sigmas).tolist(),
-        "gram": whole.tolist(),
-        "halves": between.tolist(),
+        **plain,
+        "known": found["known"].tolist(),
+        "groups": groups,
         "count": images,
         "dataset": {"name": real.name, "fingerprint": about.fingerprint},
         "device": evaluate.device_name(device),
@@ -374,7 +427,8 @@ NOISE_SEED = 2**29
 
 
 def of_weight(line: dict, weight: weights.Weight, parameterization: Parameterization) -> dict[str, Tensor]:
-    """`gram` and `halves` of a line of `measure` as they are with a loss weight, a function of SNR, on x0."""
+    """`gram`, `between` and its errors of a line of `measure` with a loss weight (of SNR) on x0."""
     on_output = parameterization.network_weight(weight, torch.tensor(line["sigmas"], dtype=torch.float64))
-    both = on_output.outer(on_output)
-    return {name: torch.tensor(line[name], dtype=torch.float64) * both for name in ("gram", "halves")}
+    both = on_output.double().outer(on_output.double())
+    matrices = ("gram", "between", "between_errors")
+    return {name: torch.tensor(line[name], dtype=torch.float64) * both for name in matrices}

@@ -349,18 +349,17 @@ class Run:
         )
 
     def blocks(self, how: config.Sample, samples: int | None = None) -> list[float]:
-        """Distances at the end of training, of other blocks of sample seeds than the run's own.
+        """Distances at the end of training, of blocks of sample seeds, the run's own among them.
 
         How far they are apart is the sampling error (`python -m repro evaluate RUN --evaluate.first-seed N
         --blocks 3`). samples: how many in a block; by default as the run's configuration says. Of the main
         average, by first seed; of a block measured twice the last line, and of blocks that share seeds the
         first.
         """
-        own, samples = self.config.evaluate, samples or self.config.evaluate.samples
-        first_seeds, values = [own.first_seed], {}
-        for line in self._measured(how, samples, None):
+        first_seeds, values = [], {}
+        for line in self._measured(how, samples or self.config.evaluate.samples, None):
             first = line["first_seed"]
-            shares = any(abs(first - other) < samples for other in first_seeds)
+            shares = any(abs(first - other) < line["samples"] for other in first_seeds)
             if line["images"] == self.record.images and (first in values or not shares):
                 first_seeds.append(first)
                 values[first] = line["value"]

@@ -193,48 +193,50 @@ def test_evaluate_prints_and_records_unless_told_not_to(copied, home, capsys):
 
 
 def test_gradients_are_measured_by_noise_level(copied, home, capsys):
-    options = ["--levels", "3", "--images", "8", "--batch", "2", "--device", "cpu"]
+    options = ["--levels", "3", "--images", "8", "--batch", "2", "--groups", "4", "--device", "cpu"]
     assert main(["gradients", NAME, *options, "--no-record"]) == 0
     assert not (copied / "metrics.jsonl").exists()
     assert main(["gradients", NAME, *options, "--chunk", "2"]) == 0
     said = re.findall(r"the least cosine of any two of 3 is (.*)", capsys.readouterr().out)
     run = runs.load_run(NAME)
     (line,) = run.metrics
-    assert (line["images"], line["count"], len(line["gram"])) == (16, 8, 3)
+    assert (line["images"], line["count"], line["groups"], len(line["gram"])) == (16, 8, 4, 3)
 
-    # by hand: the mean over the 8 images, each with its own noise, by a plain loop over levels
+    # by hand: the means over 2 of the 8 images, each with its own noise, by a plain loop over levels
     D, real = run.denoiser(), data.load("celeba64")
     train, _ = data.holdout_split(12, 3)
     rows = train[np.arange(8) * 9 // 8]
     y = sample.from_uint8(torch.from_numpy(real.images[rows]))
     noise = sample.SeedNoise([pareto.NOISE_SEED + int(i) for i in rows], (3, 64, 64))()
     weight = weights.from_config(config.Weight("constant"), D.parameterization)
-    g = {half: [] for half in (0, 1)}
-    for half, sigma in itertools.product(g, line["sigmas"]):
+    g = {group: [] for group in range(4)}
+    for group, sigma in itertools.product(g, line["sigmas"]):
         D.requires_grad_(True).zero_grad()
-        sigmas = torch.full((4,), sigma, dtype=torch.float64)
-        D.loss(y[half::2], noise[half::2], sigmas, None, weight).mean().backward()
-        g[half].append(torch.cat([p.grad.flatten() for p in D.parameters()]).double())
-    one, other = torch.stack(g[0]), torch.stack(g[1])
-    gram, between = (one + other) @ (one + other).T / 4, (one @ other.T + other @ one.T) / 2
-    for name, expected in (("gram", gram), ("halves", between)):
-        np.testing.assert_allclose(line[name], expected, rtol=1e-3, atol=1e-5 * float(gram.max()))
-    lengths = between.diagonal().clamp(min=0).sqrt()
-    cosines = (between / lengths.outer(lengths))[lengths > 0][:, lengths > 0]
-    assert line["value"] == pytest.approx(float(cosines.min()), rel=1e-2)
-    assert said == [f"{line['value']:.4f}"] * 2
+        sigmas = torch.full((2,), sigma, dtype=torch.float64)
+        D.loss(y[group::4], noise[group::4], sigmas, None, weight).mean().backward()
+        g[group].append(torch.cat([p.grad.flatten() for p in D.parameters()]).double())
+    g = [torch.stack(rows) for rows in g.values()]
+    whole = sum(g) / 4
+    pairs = [g[a] @ g[b].T for a, b in itertools.permutations(range(4), 2)]
+    expected = {"gram": whole @ whole.T, "between": sum(pairs) / 12}
+    for name, inner in expected.items():
+        np.testing.assert_allclose(line[name], inner, rtol=1e-3, atol=1e-5 * float(expected["gram"].max()))
+    least = "not known from so few images"
+    if line["value"] is not None:
+        least = f"{line['value']:.4f}, standard error {line['value_error']:.4f}"
+    assert said == [least] * 2
     # a weight multiplies rows and columns: SNR on x0, where the network predicts x0
     snr = torch.tensor(line["sigmas"], dtype=torch.float64) ** -2
     weighted = pareto.of_weight(line, lambda snr: snr, D.parameterization)
-    for name in ("gram", "halves"):
+    for name in ("gram", "between", "between_errors"):
         expected = snr.outer(snr).numpy() * np.array(line[name])
         np.testing.assert_allclose(weighted[name], expected, rtol=1e-6)
 
-    for unfit in (["--images", "6"], ["--levels", "0"], ["--images", "0"], ["--batch", "0"]):
-        assert main(["gradients", NAME, *options, *unfit]) == 1
-        assert "cannot be taken: give at least 1 level, and a multiple of twice" in capsys.readouterr().err
-    assert main(["gradients", NAME, *options, "--images", "12"]) == 1
-    assert "12 images were asked for, but celeba64 has 9 to train on" in capsys.readouterr().err
+    for unfit in ("--images 6", "--levels 0", "--images 0", "--batch 0", "--groups 2"):
+        assert main(["gradients", NAME, *options, *unfit.split()]) == 1
+        assert "cannot be taken: give at least 1 level, 3 groups or more" in capsys.readouterr().err
+    assert main(["gradients", NAME, *options, "--images", "16"]) == 1
+    assert "16 images were asked for, but celeba64 has 9 to train on" in capsys.readouterr().err
 
 
 def test_evaluate_measures_standard_errors(copied, home, capsys, monkeypatch):

@@ -93,8 +93,8 @@ def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monke
             folder / "metrics.jsonl", {**line, "value": 0.5, "first_seed": 7}
         )  # of other samples
     # a sweep on other seeds, whose best was drawn too, and a short training with another learning rate
-    ways = {steps: replace(recorded.sample, steps=steps) for steps in (5, 10)}
-    for steps, value in ((5, 250.0), (10, 200.0)):
+    ways = {steps: replace(recorded.sample, steps=steps) for steps in (5, 10, 15)}
+    for steps, value in ((5, 250.0), (10, 200.0), (15, 220.0)):
         line = {**distance, "sample": config.sample_json(ways[steps]), "samples": 2000, "value": value}
         files.append_line(folder / "metrics.jsonl", {**line, "first_seed": 3_000_000})
     record = runs.read_record(folder / "run.json")
@@ -114,7 +114,9 @@ def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monke
     measured = {kind: (m["value"], m["real_halves"]) for kind, m in found["precision_recall"].items()}
     assert measured == {"precision": (0.625, 0.75), "recall": (0.25, 0.75)}
     assert found["distance"]["value"] == pytest.approx(distance["value"], rel=1e-5)
-    assert found["best_of_sweep"]["value"] == 200 and "10 steps" in found["best_of_sweep"]["sampler"]
+    best = found["best_of_sweep"]
+    assert (best["in_the_sweep"], best["first_seed"], best["reported"]) == (200, 3_000_000, None)
+    assert "10 steps" in best["sampler"]
     tables = tmp_path / "paper" / "tables"
     rates = pd.read_csv(tables / "fig10_imagenet64_vit_learning_rates.csv")
     rates = rates[~rates["sampler"].str.contains("classifier")]
@@ -387,10 +389,20 @@ def test_theorem_1_of_gradients_that_are_known(tmp_path, monkeypatch):
         folder = tmp_path / "runs" / "lab" / f"imagenet64-{name}"
         renamed = replace(source.config, name=f"lab/imagenet64-{name}")
         runs.write_record(folder, replace(source.record, config=renamed, weights={}, samples=None))
-        halves = G.clone()
-        halves[0, 0] = -1e-3 if name == "x0-constant" else 0.5  # too few images to tell; and half of it known
-        line = {**shared, "images": 1000, "sigmas": [0.1, 1.0, 10.0][: len(G)]}
-        files.append_line(folder / "metrics.jsonl", {**line, "gram": G.tolist(), "halves": halves.tolist()})
+        length = G.diagonal().sqrt()
+        known = [level > 0 or name != "x0-constant" for level in range(len(G))]
+        cosine = [
+            [float(G[s, t] / length[s] / length[t]) if known[s] and known[t] else None for t in range(len(G))]
+            for s in range(len(G))
+        ]
+        errors = [[None if c is None else 0.1 for c in row] for row in cosine]
+        line = {
+            **shared, "images": 1000, "sigmas": [0.1, 1.0, 10.0][: len(G)], "gram": G.tolist(),
+            "between": (G / 2).tolist(), "between_errors": (G / 50).tolist(), "cosines": cosine,
+            "cosine_errors": errors, "known": known, "value": min(c for c in cosine[-1] if c is not None),
+            "value_error": 0.1,
+        }  # fmt: skip
+        files.append_line(folder / "metrics.jsonl", line)
     monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "paper").mkdir()
@@ -401,19 +413,30 @@ def test_theorem_1_of_gradients_that_are_known(tmp_path, monkeypatch):
     values = json.loads((tmp_path / "paper" / "values" / "sec1_pareto.json").read_text())["values"]
     late, early = "imagenet64-x0-constant", "imagenet64-x0-constant-early"
     shares = np.array([1, 1 / 4, 1 / 16]) / (1 + 1 / 4 + 1 / 16)
-    np.testing.assert_allclose(values["weights"][late]["UGD, exact"], shares, rtol=1e-4)
+    np.testing.assert_allclose(values["weights"][late]["UGD of losses in x₀"], shares, rtol=1e-4)
+    # in epsilon the gradients are 100, 2 and 0.04 long; as weights on x0 those of their squares times SNR
+    on_eps = np.array([1e-4, 1 / 4, 1 / 0.04**2]) * [100, 1, 0.01]
+    np.testing.assert_allclose(
+        values["weights"][late]["UGD of losses in ε"], on_eps / on_eps.sum(), rtol=1e-4
+    )
     # SNR is 100, 1 and 0.01; min(SNR, 5) is 5, 1 and 0.01
     np.testing.assert_allclose(values["weights"][late]["Min-SNR-5"], np.array([5, 1, 0.01]) / 6.01, rtol=1e-4)
     descent = {(row["run"], row["weight"]): row for row in values["descent"]}
     assert all(row["levels lowered"] == row["of"] for (run, _), row in descent.items() if run == late)
     # of the early two, the SNR weight takes nearly all from the first, and raises the second's loss
-    assert descent[early, "SNR (constant on ε)"]["levels lowered"] == 1
-    assert descent[early, "UGD, exact"]["levels lowered"] == 2
+    assert descent[early, "constant on ε"]["levels lowered"] == 1
+    assert descent[early, "constant on ε"]["lowered of all images"] == 1
+    assert descent[early, "UGD of losses in x₀"]["levels lowered"] == 2
+    assert descent[early, "UGD of losses in ε"]["levels lowered"] == 2
     conflicts = {row["run"]: row for row in values["conflicts"]}
-    assert conflicts[late]["levels known"] == "2 of 3" and conflicts[late]["least cosine in a batch"] == 0
+    assert conflicts[late]["levels known"] == "2 of 3"
+    assert conflicts[late]["least cosine of these images"] == 0
     apart = -0.9 / np.hypot(0.9, 0.1)
-    assert conflicts[early]["least cosine in a batch"] == pytest.approx(apart, rel=1e-4)
-    assert conflicts[early]["least cosine of all images"] == pytest.approx(apart / np.sqrt(0.5), rel=1e-4)
+    for kind in ("these images", "all images"):
+        assert conflicts[early][f"least cosine of {kind}"] == pytest.approx(apart, rel=1e-4)
+    assert conflicts[early]["pairs below 0 by 2 standard errors (%)"] == 100
+    assert conflicts[late]["pairs below 0 by 2 standard errors (%)"] == 0
+    assert conflicts[early]["share of the squared length (%)"] == pytest.approx(50)
     theorem = {row["gradients"]: row for row in values["theorem"]}
     least = 1 / (1 + 1 / 4 + 1 / 16)  # |u|^2; the mean squared length is 7
     assert theorem[late]["Eq. 2"] == pytest.approx(least / 2 / 7, rel=1e-4)

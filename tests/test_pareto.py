@@ -277,3 +277,42 @@ def test_what_is_no_gram_matrix_is_refused(unchecked):
     for method in (pareto.frank_wolfe, pareto.by_softmax):
         with pytest.raises(ReproError, match="steps must be at least 1, not 0"):
             method(good, 0)
+
+
+# How sure it is ---------------------------------------------------------------------------------------
+
+
+def groups_of(truth, noise, K, seed):
+    """Inner products of gradients of K groups: `truth` [T, p] plus noise of that length."""
+    random = torch.Generator().manual_seed(seed)
+    g = truth + noise * torch.randn(K, *truth.shape, generator=random, dtype=torch.float64)
+    return torch.einsum("asp,btp->abst", g, g), g
+
+
+def test_products_of_different_groups_are_without_bias_and_their_errors_are_what_they_are():
+    """Gaussian gradients of known mean: over 400 draws, means and standard deviations are as estimated."""
+    truth = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.6, 0.8, 0.0, 0.0]], dtype=torch.float64)
+    truth = torch.cat((truth, torch.zeros(2, 96, dtype=torch.float64)), 1)  # noise lies in 100 dimensions
+    found = [pareto.agreement(groups_of(truth, 0.1, 8, seed)[0]) for seed in range(400)]
+    means = {
+        name: torch.stack([one[name] for one in found]).mean(0) for name in ("gram", "between", "cosines")
+    }
+    torch.testing.assert_close(means["between"], truth @ truth.T, rtol=0, atol=0.01)
+    assert float(means["gram"][0, 0]) == pytest.approx(1 + 100 * 0.01 / 8, abs=0.01)  # too long by the noise
+    assert float(means["cosines"][0, 1]) == pytest.approx(0.6, abs=0.01)
+    for name, errors in (("between", "between_errors"), ("cosines", "cosine_errors")):
+        spread = torch.stack([one[name] for one in found])[:, 0, 1].std()
+        told = torch.stack([one[errors] for one in found])[:, 0, 1].square().mean().sqrt()
+        assert float(told) == pytest.approx(float(spread), rel=0.25)
+
+
+def test_a_level_whose_gradient_drowns_in_noise_is_not_known():
+    truth = torch.zeros(3, 100, dtype=torch.float64)
+    truth[:2, 0] = 1.0  # the third level's is 0
+    known = [pareto.agreement(groups_of(truth, 0.15, 8, seed)[0])["known"].tolist() for seed in range(200)]
+    assert np.mean(known, axis=0)[0] > 0.95 and np.mean(known, axis=0)[2] < 0.03
+    found = pareto.agreement(groups_of(truth, 0.15, 8, 0)[0])
+    assert found["known"].tolist() == [True, True, False]
+    assert torch.isnan(found["cosines"][2]).all() and torch.isfinite(found["cosines"][:2, :2]).all()
+    with pytest.raises(ReproError, match="standard errors need 3 groups of images or more, not 2"):
+        pareto.agreement(groups_of(truth, 0.3, 2, 0)[0])

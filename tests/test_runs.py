@@ -274,7 +274,7 @@ def test_each_way_of_drawing_is_found_once_at_the_end(root):
     assert [m["value"] for _, m in load(root).at_the_end(5)] == [9]
 
 
-def test_blocks_are_other_seeds_at_the_end(root):
+def test_blocks_are_of_disjoint_seeds_at_the_end(root):
     own = RUN.evaluate
     line = {"name": "FD (EfficientNet-Lite0)", "features": own.features, "samples": own.samples, "images": 0,
             "sample": config.sample_json(RUN.sample), "first_seed": 2 * own.first_seed,
@@ -295,7 +295,7 @@ def test_blocks_are_other_seeds_at_the_end(root):
     twice = line | {"value": 5.0}  # the first block again
     for one in (taken[0], *(line | change for change in others), taken[1], twice):
         files.append_line(root / NAME / "metrics.jsonl", one)
-    assert load(root).blocks(RUN.sample) == [2.0, 5.0]
+    assert load(root).blocks(RUN.sample) == [9.0, 2.0, 5.0]  # the run's own is 9
     assert load(root).blocks(RUN.sample, own.samples + 1) == [9.0]
 
 
