@@ -253,6 +253,24 @@ _lab_ugd = replace(
     "noise levels, computed anew every 100 steps.",
 )
 
+
+def _ugd_runs() -> list[Config]:
+    """The run of UGD, and the same training with fixed weights: what each is worth in time on one GPU."""
+    fixed = {"minsnr5": Weight("min_snr", gamma=5.0), "constant": Weight("constant")}
+    beside = [
+        replace(
+            _lab_ugd,
+            name=f"{_lab_ugd.name}-{name}",
+            weight=weight,
+            record_weights=False,
+            note=f"Beside lab/imagenet64-ugd, to be trained on the same GPU: {weight.name} weight. Its weights "
+            "are not recorded.",
+        )
+        for name, weight in fixed.items()
+    ]
+    return [_lab_ugd, *beside]
+
+
 # Figure 2 (supplement, section 4.1.1): Min-SNR inside EDM on ImageNet 64 x 64 ----------------------------
 
 _adm = UNet(
@@ -431,7 +449,7 @@ PRESETS: dict[str, Config] = {
         _lab_imagenet64_classifier,
         _paper_imagenet64_classifier,
         *_arms(),
-        _lab_ugd,
+        *_ugd_runs(),
         *_edm_runs(),
         _lab_imagenet64_vit,
         _paper_imagenet64_vit,

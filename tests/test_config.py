@@ -154,13 +154,28 @@ def test_a_sampler_has_one_way_to_be_said():
     assert config.sample_from_json(config.sample_json(Sample(sampler="dpm_solver"))).order == 2
 
 
+# Figure 8
+
+
+def test_the_runs_of_figure_8_are_arms_of_figure_1_and_differ_in_the_weight_alone():
+    ugd, *beside = [run for name, run in presets.PRESETS.items() if "imagenet64-ugd" in name]
+    arm = presets.preset("lab/imagenet64-x0-minsnr5")
+    weight = {"weight.name", "weight.bins", "weight.every_images", "weight.probe_images", "weight.gamma"}
+    assert set(runs.differences(ugd, arm)) == {"name", "note", *weight}
+    for run in beside:
+        assert set(runs.differences(ugd, run)) <= {"name", "note", "record_weights", *weight}
+        assert not run.record_weights and "not recorded" in run.note
+    assert [run.weight for run in beside] == [arm.weight, config.Weight("constant")]
+
+
 # The arms of Figure 1
 
 
 @pytest.mark.parametrize("profile", ["lab", "paper"])
 def test_the_arms_of_figure_1_differ_in_target_weight_and_seed_alone(profile):
     arms = [run for name, run in presets.PRESETS.items() if name.startswith(f"{profile}/imagenet64-")]
-    arms = [run for run in arms if run.model.kind == "vit" and not run.name.endswith(("64-vit", "64-ugd"))]
+    arms = [run for run in arms if run.model.kind == "vit"]
+    arms = [run for run in arms if "imagenet64-vit" not in run.name and "imagenet64-ugd" not in run.name]
     seeds = {f"{name}-seed{seed}" for seed in (1, 2) for name in presets.SEEDED}
     more = seeds | {f"{name}-again" for name in presets.REPEATED}
     more = more | {f"{name}-unclipped" for name in presets.UNCLIPPED} if profile == "lab" else set()

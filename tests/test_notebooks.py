@@ -443,6 +443,57 @@ def test_theorem_1_of_gradients_that_are_known(tmp_path, monkeypatch):
     assert values["eq_7"] == {"at_one_half": pytest.approx(0.375), "largest": pytest.approx(0.5)}
 
 
+def test_the_cost_of_ugd_and_what_bounds_it_are_those_of_the_measurement(tmp_path, monkeypatch):
+    """Gradients that cost a Min-SNR iteration a level, literal steps as much again; curves 2 times apart."""
+    lines = [
+        {
+            "network": "made up", "parameters": 3_000_000, "batch": 64, "steps": 250, "minsnr": 0.01,
+            "levels": T, "gradients": 0.01 * T, "literal_steps": 0.01 * T, "gram": 1e-6 * T**2,
+            "gram_steps": 0.005, "exact": 0.001, "combine": 1e-9, "gradients_gib": 1.0,
+        }
+        for T in (10, 100)
+    ]  # fmt: skip
+    about = {key: lines[0][key] for key in ("network", "parameters", "batch", "steps", "minsnr")}
+    lines.append({**about, "levels": 1000, "too_large": "11 GiB of gradients"})
+    bench = tmp_path / "ugd.json"
+    files.write_json(bench, {"device": "made-up GPU", "code": "0123456789abcdef", "lines": lines})
+    source = runs.load_run("lab/imagenet64-x0-minsnr5")
+    for name, weight, seconds in (
+        ("imagenet64-ugd", presets.preset("lab/imagenet64-ugd").weight, 2.0),
+        ("imagenet64-ugd-minsnr5", source.config.weight, 1.0),
+    ):
+        folder = tmp_path / "runs" / "lab" / name
+        renamed = replace(source.config, name=f"lab/{name}", weight=weight)
+        runs.write_record(folder, replace(source.record, config=renamed, weights={}, samples=None))
+        for m in source.distances(source.config.sample):
+            files.append_line(
+                folder / "metrics.jsonl", {**m, "training_seconds": seconds * m["images"] / 1e4}
+            )
+    monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "paper").mkdir()
+    shutil.copy(provenance.ROOT / "notebooks" / "fig8_ugd_cost.ipynb", tmp_path / "notebooks")
+    figures = tmp_path / "paper" / "figures.toml"
+    parameters = f'measured = "{bench}"\nlevels = [2, 4]\nimages = 2\n'
+    figures.write_text(
+        '[fig8_ugd_cost]\nnotebook = "notebooks/fig8_ugd_cost.ipynb"\ntime_limit = 300\n'
+        f"[fig8_ugd_cost.parameters]\n{parameters}"
+    )
+    render.render("fig8_ugd_cost", figures)
+    values = json.loads((tmp_path / "paper" / "values" / "fig8_ugd_cost.json").read_text())["values"]
+    (row,) = values["rows"]
+    assert (row["levels"], row["does not fit"]) == (100, "1000 levels: 11 GiB of gradients")
+    assert row["gradients (times)"] == pytest.approx(100, rel=1e-4)
+    assert row["UGD, literally (times)"] == pytest.approx(200, rel=1e-4)
+    assert row["UGD, Gram matrix (times)"] == pytest.approx(100 + 1 + 0.5, rel=1e-4)
+    exponents = [row[f"exponent of {part}"] for part in ("gradients", "Gram matrix", "250 steps on it")]
+    assert exponents == pytest.approx([1, 2, 0], abs=1e-4)
+    ugd, other = (values["training"][name] for name in ("imagenet64-ugd", "imagenet64-ugd-minsnr5"))
+    assert ugd["training_seconds"][-1] == pytest.approx(2 * other["training_seconds"][-1])
+    assert (tmp_path / "paper" / "figures" / "fig8_ugd_cost_training.png").is_file()
+    assert values["paper"]["ugd_seconds"] / values["paper"]["minsnr_seconds"] == pytest.approx(990)
+
+
 def test_notebooks_hold_no_outputs_functions_or_classes():
     for path in sorted((provenance.ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
