@@ -263,8 +263,8 @@ def _ugd_runs() -> list[Config]:
             name=f"{_lab_ugd.name}-{name}",
             weight=weight,
             record_weights=False,
-            note=f"Beside lab/imagenet64-ugd, to be trained on the same GPU: {weight.name} weight. Its weights "
-            "are not recorded.",
+            note=f"Beside lab/imagenet64-ugd, to be trained on the same GPU: {weight.name} weight. Its "
+            "weights are not recorded.",
         )
         for name, weight in fixed.items()
     ]
