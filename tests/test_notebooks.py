@@ -130,6 +130,10 @@ def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monke
     assert picture.height / picture.width == pytest.approx(0.6 * 82 / 64, abs=0.01)  # room for the names
 
 
+BETWEEN_BLOCKS = 0.01 * np.std([0, 0, 1, 2], ddof=1)
+"""Of a made-up arm's distances: the run's own block of samples, and three more, the last two 1% apart."""
+
+
 def made_up_arm(folder, arm, suffix, scale, error, guided=True, starts=None):
     """A record of the arm: a distance that falls as a power of images, each reached `scale` times later."""
     source, starts = runs.load_run("lab/imagenet64-x0-constant", runs.RECORDED), starts or {}
@@ -143,7 +147,9 @@ def made_up_arm(folder, arm, suffix, scale, error, guided=True, starts=None):
         if "sample" in line and (line["sample"]["sigma_max"] != 80 or line["sample"].get("clip")):
             continue  # the recorded run's own starts
         if "sample" in line:
-            block = max(0, line["first_seed"] - 2_000_000) // line["samples"]  # 0, 1, 2: 1% apart
+            block = (
+                max(0, line["first_seed"] - 2_000_000) // line["samples"]
+            )  # 0 (and the run's own), 1, 2: 1% apart
             line = {**line, "value": 300 * (line["images"] / 1e6 / scale) ** -0.8 * np.exp(0.01 * block)}
             for start, value in starts.items():
                 change = {"clip": True} if start == "clipped" else {"sigma_max": start}
@@ -212,7 +218,7 @@ def test_the_ablation_finds_the_speed_up_that_is_in_the_records(tmp_path, monkey
     end = values["last_distance"]["unguided"]["eps-minsnr5"][0]  # of the other, not all was measured
     assert values["starts"] == {"eps-minsnr5": {"80": end, "40": 90.0, "20": 80.0, "clipped": 85.0}}
     assert values["noise"]["sampling_seeds"]["half_way"] is None
-    assert values["noise"]["sampling_seeds"]["end"] == pytest.approx(0.01, rel=1e-4)
+    assert values["noise"]["sampling_seeds"]["end"] == pytest.approx(BETWEEN_BLOCKS, rel=1e-4)
 
 
 def test_the_ablation_without_a_classifier(tmp_path, monkeypatch):
@@ -524,7 +530,7 @@ def test_each_source_of_variation_is_as_large_as_in_the_records(tmp_path, monkey
     assert found["deviations"]["reference"] is None and found["shares"] is None
     spread = 0.8 * np.log(1.05)
     assert found["deviations"]["training"] == pytest.approx(spread, rel=1e-4)
-    assert found["deviations"]["sampling"] == pytest.approx(0.01, rel=1e-4)
+    assert found["deviations"]["sampling"] == pytest.approx(BETWEEN_BLOCKS, rel=1e-4)
     low, high = found["intervals"]["training"]  # 4 arms of three seeds: 8 degrees of freedom
     assert stats.chi2.cdf(8 * (spread / np.array([low, high])) ** 2, 8) == pytest.approx(
         [0.975, 0.025], rel=1e-3
@@ -536,7 +542,7 @@ def test_each_source_of_variation_is_as_large_as_in_the_records(tmp_path, monkey
     files.append_line(run.path / "metrics.jsonl", {**line, "name": "standard error of FD", **of})
     render.render("sec4_4_seeds", out=tmp_path / "paper")
     found = json.loads((tmp_path / "paper" / "values" / "sec4_4_seeds.json").read_text())["values"]
-    parts = np.array([0.01, spread, 0.03]) ** 2
+    parts = np.array([BETWEEN_BLOCKS, spread, 0.03]) ** 2
     shares = [found["shares"][source] for source in ("sampling", "training", "reference")]
     assert shares == pytest.approx(parts / parts.sum(), rel=1e-3)
     assert found["jackknife_of_samples"] == pytest.approx(0.02, rel=1e-4)
