@@ -137,8 +137,8 @@ class Weight:
     every_images: Annotated[int, Field(ge=1)] | None = None
     """Of ugd: after how many images the bins' weights are computed anew."""
     probe_images: Annotated[int, Field(ge=1)] | None = None
-    """Of ugd: of how many images of the batch the bins' gradients are then taken, in float32 (TF32 where
-    training is in bf16); they need bins * parameters numbers of memory."""
+    """Of ugd: of how many images of the batch the bins' gradients of the loss in x0 are then taken, in
+    float32: that needs the memory of bins * parameters numbers, and of the activations of so many images."""
 
 
 @dataclass(frozen=True, config=strict)

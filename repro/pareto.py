@@ -304,9 +304,9 @@ def agreement(products: Float[Tensor, "K K T T"]) -> dict[str, Tensor]:
     """How the gradients of T noise levels agree, from inner products of those of K disjoint groups of images.
 
     products[a, b, s, t] is that of group a's gradient at level s and group b's at t, of mean losses. `gram`
-    is the Gram matrix of the mean over all images. A gradient of finitely many images is longer than that of
-    all there could be, and its inner product with itself too large; products of different groups are not:
-    `between`, their mean, estimates the inner products of the gradients of all images there could be, and
+    is the Gram matrix of the mean over all images given. A gradient of few images is longer than that of all
+    they are drawn from, and its inner product with itself too large; products of different groups are not:
+    `between`, their mean, estimates the inner products of the gradients of all, and
     `cosines` their cosines, NaN at levels that are not `known`: whose squared length is not above 3 of its
     standard errors. `..._errors` are standard errors, by the jackknife that leaves out a group at a time.
     Raises `ReproError` for fewer than 3 groups.

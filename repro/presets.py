@@ -249,8 +249,8 @@ _lab_ugd = replace(
     name="lab/imagenet64-ugd",
     parameterization="x0",
     weight=Weight("ugd", bins=20, every_images=25_600, probe_images=256),
-    note="Beside Figure 8: an arm of Figure 1 that predicts x0; its weight is Theorem 1's of 20 bins of "
-    "noise levels, computed anew every 100 steps.",
+    note="Beside Figure 8: an arm of Figure 1 that predicts x0; its weight is Theorem 1's, of the losses in "
+    "x0 of 20 bins of noise levels, computed anew every 100 steps.",
 )
 
 

@@ -365,7 +365,8 @@ class Trainer:
     def balance(self, y: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None) -> None:
         """Give the bins of a weight `ugd` the weights of Theorem 1, by the first images of process 0's batch.
 
-        Scaled to a mean of 1. By the network itself, not its average, without dropout and dropped labels.
+        Of losses in x0, scaled to a mean of 1. By the network itself, not its average, without dropout,
+        dropped labels and mirrored images.
         """
         count = self.run.weight.probe_images
         if self.place.first:
@@ -376,9 +377,8 @@ class Trainer:
             known = labels[:count] if self.run.data.classes else None
             self.net.eval()
             try:
-                with tf32(self.run.train.precision == "bf16"):
-                    plain = self.denoiser.with_net(self.net)
-                    found = pareto.of_bins(plain, y[:count], noise, uniform, self.run.weight.bins, known)
+                plain = self.denoiser.with_net(self.net)
+                found = pareto.of_bins(plain, y[:count], noise, uniform, self.run.weight.bins, known, 1)
             finally:
                 self.net.train()
             self.weight.values.copy_(found.weights * len(found.weights))  # in place: a captured step reads it

@@ -97,9 +97,8 @@ class Table:
 def table(schedule: schedules.DiscreteVP | schedules.EDM, bins: int) -> Table:
     """A `Table` of ones, whose bins hold noise levels that are trained equally often. bins at least 1."""
     firsts = schedule.draw(torch.arange(1, bins, dtype=torch.float64) / bins)
-    return Table(
-        firsts * (1 - 1e-9), torch.ones(bins, dtype=torch.float64)
-    )  # a bin's first level lies within
+    edges = firsts * (1 - 1e-6)  # a bin's first level lies within it, also by an SNR in float32
+    return Table(edges, torch.ones(bins, dtype=torch.float64))
 
 
 def from_config(weight: config.Weight, parameterization: Parameterization, sigma_data: float = 0.5) -> Weight:

@@ -450,11 +450,11 @@ def test_theorem_1_of_gradients_that_are_known(tmp_path, monkeypatch):
 
 
 def test_the_cost_of_ugd_and_what_bounds_it_are_those_of_the_measurement(tmp_path, monkeypatch):
-    """Gradients that cost a Min-SNR iteration a level, literal steps as much again; curves 2 times apart."""
+    """Gradients that cost a Min-SNR iteration a level, the steps as much again; curves 2 times apart."""
     lines = [
         {
             "network": "made up", "parameters": 3_000_000, "batch": 64, "steps": 250, "minsnr": 0.01,
-            "levels": T, "gradients": 0.01 * T, "literal_steps": 0.01 * T, "gram": 1e-6 * T**2,
+            "levels": T, "gradients": 0.01 * T, "without_gram": 0.01 * T, "gram": 1e-6 * T**2,
             "gram_steps": 0.005, "exact": 0.001, "combine": 1e-9, "gradients_gib": 1.0,
         }
         for T in (10, 100)
@@ -490,7 +490,7 @@ def test_the_cost_of_ugd_and_what_bounds_it_are_those_of_the_measurement(tmp_pat
     (row,) = values["rows"]
     assert (row["levels"], row["does not fit"]) == (100, "1000 levels: 11 GiB of gradients")
     assert row["gradients (times)"] == pytest.approx(100, rel=1e-4)
-    assert row["UGD, literally (times)"] == pytest.approx(200, rel=1e-4)
+    assert row["UGD, without Gram matrix (times)"] == pytest.approx(200, rel=1e-4)
     assert row["UGD, Gram matrix (times)"] == pytest.approx(100 + 1 + 0.5, rel=1e-4)
     exponents = [row[f"exponent of {part}"] for part in ("gradients", "Gram matrix", "250 steps on it")]
     assert exponents == pytest.approx([1, 2, 0], abs=1e-4)

@@ -24,10 +24,10 @@ CPU = torch.device("cpu")
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(1, 8), st.integers(1, 60), st.integers(0, 2**32 - 1), st.integers(-3, 3))
-def test_the_literal_steps_are_those_on_the_gram_matrix(levels, steps, seed, scale):
+def test_the_steps_without_a_gram_matrix_are_those_on_it(levels, steps, seed, scale):
     random = np.random.default_rng(seed)
     g = torch.from_numpy(random.normal(size=(levels, 12)) * 10.0**scale + random.normal(size=12))
-    literal, G = ugd_cost.literal_steps(g, steps), pareto.gram(g)
+    literal, G = ugd_cost.steps_without_gram(g, steps), pareto.gram(g)
     found, expected = pareto.combine(G, literal), pareto.frank_wolfe(G, steps)
     assert found.squared_norm == pytest.approx(expected.squared_norm, rel=1e-6, abs=1e-9 * float(G.max()))
     assert float(literal.sum()) == pytest.approx(1) and literal.min() >= 0
@@ -35,7 +35,7 @@ def test_the_literal_steps_are_those_on_the_gram_matrix(levels, steps, seed, sca
 
 def test_no_step_is_refused():
     with pytest.raises(ReproError, match="steps must be at least 1, not 0"):
-        ugd_cost.literal_steps(torch.eye(2), 0)
+        ugd_cost.steps_without_gram(torch.eye(2), 0)
 
 
 def test_gradients_by_level_are_those_of_the_theorem():
@@ -44,7 +44,7 @@ def test_gradients_by_level_are_those_of_the_theorem():
     y, noise = torch.randn(2, 3, 3, 16, 16, generator=random)
     labels, sigmas = torch.tensor([0, 1, 2]), trainer.denoiser.schedule.sigmas[[50, 400, 900]]
     rows = torch.empty(3, sum(p.numel() for p in trainer.parameters))
-    ugd_cost.by_level(trainer, y, noise, sigmas, labels, rows)
+    ugd_cost.LevelGradients(trainer, y, noise, labels)(sigmas, rows)
     expected = pareto.gradients(trainer.denoiser, y, noise, sigmas, trainer.weight, labels)
     torch.testing.assert_close(rows, expected, rtol=1e-4, atol=1e-7)
 
@@ -60,10 +60,30 @@ def test_each_part_is_timed_and_what_is_too_large_is_said(monkeypatch, tmp_path)
         "Min-SNR": huge["minsnr"]
     }
     for line in (small, large):
-        parts = ("gradients", "literal_steps", "gram", "gram_steps", "exact", "combine", "minsnr")
+        parts = ("gradients", "without_gram", "gram", "gram_steps", "exact", "combine", "minsnr")
         assert all(line[part] > 0 for part in parts)
         both = ugd_cost.totals(line)
-        saved = both["UGD, literally"] - both["UGD, Gram matrix"]
-        assert saved == pytest.approx(line["literal_steps"] - line["gram"] - line["gram_steps"])
+        saved = both["UGD, without Gram matrix"] - both["UGD, Gram matrix"]
+        assert saved == pytest.approx(line["without_gram"] - line["gram"] - line["gram_steps"])
     with pytest.raises(SystemExit, match="there is no network 'ViT-X' to measure; known: lab arm"):
         ugd_cost.main(out, ("ViT-X",))
+
+
+def test_many_networks_are_compiled_one_after_the_other(unchecked, monkeypatch):
+    """As in the benchmark, one compilation each: what torch.compile keeps of the others has a limit."""
+    compiled = []
+
+    def compile_eagerly(net):
+        def backend(graph, inputs):
+            compiled.append(len(inputs))
+            return graph.forward
+
+        return torch.compile(net, backend=backend, fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(ugd_cost.train.runs, "compiled", compile_eagerly)
+    for width in range(1, 11):
+        model = dataclasses.replace(TINY.model, width=2 * width)
+        run = dataclasses.replace(TINY, model=model, train=dataclasses.replace(TINY.train, compile=True))
+        (line,) = ugd_cost.measure("tiny", run, (2,), 2, CPU, steps=2)
+        assert line["gradients"] > 0
+    assert len(compiled) == 10
