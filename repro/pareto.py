@@ -252,29 +252,7 @@ def max_min(gram: Float[Tensor, "T T"]) -> tuple[float, float, Float[Tensor, " T
     if not found.success:
         raise ReproError(f"the largest minimum of {len(G)} gradients was not found ({found.message})")
     u = found.x[:-1]
-    return (
-        float(-found.fun * unit),
-        float(u @ u * unit),
-        torch.from_numpy(rows @ u * unit),
-    )
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ReproError(f"steps must be at least 1, not {steps}")
-
-
-def _checked(gram: Tensor) -> Float[Tensor, "T T"]:
-    """`gram` in float64; raises `ReproError` where it is no Gram matrix by what is seen at once."""
-    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or len(gram) == 0:
-        raise ReproError(f"a Gram matrix is square and not empty, not of shape {tuple(gram.shape)}")
-    G = gram.detach().double()
-    if not torch.isfinite(G).all():
-        raise ReproError("the Gram matrix is not finite: a gradient is not, or overflows in its product")
-    largest = float(G.diagonal().max())
-    if (G.diagonal() < 0).any() or float((G - G.T).abs().max()) > 1e-6 * max(largest, 0.0):
-        raise ReproError("a Gram matrix is symmetric and has no negative square: build it with pareto.gram")
-    return (G + G.T) / 2
+    return float(-found.fun * unit), float(u @ u * unit), torch.from_numpy(rows @ u * unit)
 
 
 def of_bins(
@@ -297,6 +275,24 @@ def of_bins(
     return exact(gram(rows, 2**18))
 
 
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ReproError(f"steps must be at least 1, not {steps}")
+
+
+def _checked(gram: Tensor) -> Float[Tensor, "T T"]:
+    """`gram` in float64; raises `ReproError` where it is no Gram matrix by what is seen at once."""
+    if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or len(gram) == 0:
+        raise ReproError(f"a Gram matrix is square and not empty, not of shape {tuple(gram.shape)}")
+    G = gram.detach().double()
+    if not torch.isfinite(G).all():
+        raise ReproError("the Gram matrix is not finite: a gradient is not, or overflows in its product")
+    largest = float(G.diagonal().max())
+    if (G.diagonal() < 0).any() or float((G - G.T).abs().max()) > 1e-6 * max(largest, 0.0):
+        raise ReproError("a Gram matrix is symmetric and has no negative square: build it with pareto.gram")
+    return (G + G.T) / 2
+
+
 # Of a recorded run ----------------------------------------------------------------------------------
 
 
@@ -306,10 +302,10 @@ def agreement(products: Float[Tensor, "K K T T"]) -> dict[str, Tensor]:
     products[a, b, s, t] is that of group a's gradient at level s and group b's at t, of mean losses. `gram`
     is the Gram matrix of the mean over all images given. A gradient of few images is longer than that of all
     they are drawn from, and its inner product with itself too large; products of different groups are not:
-    `between`, their mean, estimates the inner products of the gradients of all, and
-    `cosines` their cosines, NaN at levels that are not `known`: whose squared length is not above 3 of its
-    standard errors. `..._errors` are standard errors, by the jackknife that leaves out a group at a time.
-    Raises `ReproError` for fewer than 3 groups.
+    `between`, their mean, estimates the inner products of the gradients of all, and `cosines` their cosines,
+    NaN at levels that are not `known`: whose squared length is not above 3 of its standard errors.
+    `..._errors` are standard errors, by the jackknife that leaves out a group at a time. Raises `ReproError`
+    for fewer than 3 groups.
     """
     groups = len(products)
     if groups < 3:

@@ -332,7 +332,17 @@ class Trainer:
         labels: Tensor | None,
     ) -> Float[Tensor, " n"]:
         """The weighted loss of each image at the noise levels that `uniform` draws."""
-        sigma = denoiser.schedule.draw(uniform)
+        return self.loss_at(denoiser, y, noise, denoiser.schedule.draw(uniform), labels)
+
+    def loss_at(
+        self,
+        denoiser: Denoiser | Classifier,
+        y: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        labels: Tensor | None,
+    ) -> Float[Tensor, " n"]:
+        """The weighted loss of each image at its noise level, in the precision of the training."""
         bf16 = self.run.train.precision == "bf16"
         with torch.autocast(self.place.device.type, torch.bfloat16, enabled=bf16):
             return denoiser.loss(y, noise, sigma, labels, self.weight)

@@ -88,13 +88,10 @@ class LevelGradients:
 
     def _at(self, sigma: Float[Tensor, ""]) -> Float[Tensor, " p"]:
         trainer, (y, noise, labels) = self.trainer, self.given
-        bf16 = trainer.run.train.precision == "bf16"
         for p in trainer.parameters:
             p.grad = None
-        with train.tf32(bf16):
-            with torch.autocast(y.device.type, torch.bfloat16, enabled=bf16):
-                loss = trainer.denoiser.loss(y, noise, sigma.expand(len(y)), labels, trainer.weight).mean()
-            loss.backward()
+        with train.tf32(trainer.run.train.precision == "bf16"):
+            trainer.loss_at(trainer.denoiser, y, noise, sigma.expand(len(y)), labels).mean().backward()
         return torch.cat([p.grad.flatten() for p in trainer.parameters])
 
     def __call__(self, sigmas: Float[Tensor, " T"], rows: Float[Tensor, "T p"]) -> None:
@@ -221,11 +218,10 @@ def main(
     lines = []
     for name in networks:
         for batch in batches:
-            lines += measure(name, NETWORKS[name], levels, batch, place.device)
-            files.write_json(out, {**about, "lines": lines})
-            print(
-                f"{name}, batch {batch}: " + ", ".join(str(totals(line)) for line in lines[-1:]), flush=True
-            )
+            for line in measure(name, NETWORKS[name], levels, batch, place.device):
+                lines.append(line)
+                files.write_json(out, {**about, "lines": lines})
+                print(f"{name}, batch {batch}, {line['levels']} levels: {totals(line)}", flush=True)
 
 
 if __name__ == "__main__":
