@@ -78,6 +78,9 @@ class TrainOptions:
     """By default the GPU if there is one."""
     minutes: float | None = None
     """Stop after this many, measured and recorded (the last measurement comes on top); by default never."""
+    from_weights: bool = False
+    """Where there is no state to go on from: go on from the weights recorded in --out, or else in paper/runs,
+    with an optimizer that starts anew. For longer: with --train.images."""
     dry_run: bool = False
     """Only print what the training takes: steps, memory, arithmetic. Needs no data and no GPU and writes
     nothing. For N processes: with WORLD_SIZE=N in the environment, or under torchrun."""
@@ -101,7 +104,9 @@ def train(name: str, arguments: list[str]) -> None:
         kept = "" if run.record_weights else " Its weights are not recorded."
         told = run.note if run.note != preset(name).note else f"After the preset {name}.{kept}"
         run = replace(run, name=f"{name.split('/')[0]}/{out.name}", note=told)
-    folder = run_training(run, out, options.device, minutes=options.minutes)
+    folder = run_training(
+        run, out, options.device, minutes=options.minutes, from_weights=options.from_weights
+    )
     if os.environ.get("RANK", "0") == "0":
         print(f"recorded in {folder}")
 
@@ -144,7 +149,7 @@ class SampleOptions:
     """First seed, and the one after the last."""
     batch: int = 64
     """Images at a time; does not change them."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     record: bool = False
     """Draw the run's samples.png anew, and record it, instead of writing single images."""
     settings: Path | None = None
@@ -226,7 +231,7 @@ class EvaluateOptions:
     the sampling error."""
     record: bool = True
     """Append to metrics.jsonl; --no-record only prints."""
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     settings: Path | None = None
     """JSON file of a list of samplers, [{"sampler": "ancestral", "eta": 1}, {"steps": 30}, ...]: measure each
     in turn, on a network compiled once. What does not name a sampler changes the run's own. By default the

@@ -609,7 +609,7 @@ def by_level(
         labels = None if real.labels is None else torch.from_numpy(real.labels[padded]).to(device)
         noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(LEVEL_SEED + first)).to(device)
         for place, sigma in enumerate(sigmas):
-            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+            with sample.autocast(device, precision):
                 found = measure(y, noise, sigma.to(device), labels)
             for key, values in found.items():
                 total = sums.setdefault(key, torch.zeros(count, dtype=torch.float64, device=device))

@@ -410,7 +410,7 @@ _lab_imagenet64_vit = replace(
     data=replace(_imagenet64_subset, holdout=1000),
     model=ViT(width=384, depth=8, heads=6),
     train=Train(
-        images=16_000_000,
+        images=18_000_000,
         batch=512,
         lr=1e-3,  # of two tried, lab/vit-lr1e-3 and lab/vit-lr5e-4: the lower distance at 1M images
         betas=(0.99, 0.99),
@@ -424,7 +424,7 @@ _lab_imagenet64_vit = replace(
     ),
     sample=replace(_guided, sigma_max=40.0),  # not 80, for the reason given at lab/celeba64-unet
     evaluate=Evaluate(
-        at=_log_spaced(16_000_000),
+        at=(1_000_448, 4_000_256, 8_000_000, 12_000_256),  # the first where the learning rates were compared
         also=(Sample(steps=20, sigma_max=40.0),),
         levels=40,
     ),

@@ -94,6 +94,8 @@ class Session:
     """As in `Record`."""
     code: str
     """As in `Record`."""
+    fresh_optimizer: bool = False
+    """Whether it began from the recorded weights, float16, with an optimizer that knew nothing."""
 
 
 @dataclass(frozen=True, config=config.strict)
@@ -122,6 +124,16 @@ class Record:
     """Images of the same weights drawn in other ways, one file each."""
     earlier: tuple[Session, ...] = ()
     """Parts of a resumed training that ran elsewhere or by other code; above stands the last one."""
+    first_image: int = 0
+    """As in `Session`, of the last one."""
+    fresh_optimizer: bool = False
+    """As in `Session`, of the last one."""
+
+    @property
+    def sessions(self) -> list[Session]:
+        """All parts of the training, the last one too."""
+        last = {name: getattr(self, name) for name in Session.__dataclass_fields__}
+        return [*self.earlier, Session(**last)]
 
 
 _record = TypeAdapter(Record)

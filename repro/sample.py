@@ -248,15 +248,16 @@ def generate(
 ) -> Iterator[UInt8[Tensor, "n c h w"]]:
     """Images for `seeds`, in order, as uint8 batches on `device`.
 
-    denoiser: on `device`, possibly with a compiled network. precision: "fp32", or "bf16" for autocast.
+    denoiser: on `device`, possibly with a compiled network. precision: "fp32", or "bf16" or "fp16" for
+    autocast.
     sample: how to sample; by default as the run's configuration says. labels: a class for each seed;
     by default drawn from the seeds. Every batch has exactly `batch` images, the last one filled up by
     repeating its last seed and cut again, since a compiled network has fixed shapes. cuda_graphs: on a GPU,
     replay network and guidance as a CUDA graph; worth it from some ten steps on. Without effect on a limited
     guidance interval and on another network of low noise, which look at sigma.
     """
-    if precision not in ("fp32", "bf16"):
-        raise ReproError(f"unknown precision {precision!r}; known are fp32, bf16")
+    if precision not in AUTOCAST:
+        raise ReproError(f"unknown precision {precision!r}; known are {', '.join(AUTOCAST)}")
     seeds = list(seeds)
     sample = sample or run.sample
     shape = (run.data.channels, run.data.resolution, run.data.resolution)
@@ -273,9 +274,19 @@ def generate(
         padded = chosen + [chosen[-1]] * (batch - len(chosen))
         noise = SeedNoise([seeds[i] for i in padded], shape, device, ahead=stochastic)
         some = None if labels is None else labels[padded].to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16"):
+        with autocast(device, precision):
             images = sample_batch(denoiser, sample, noise, some, labelled)
         yield to_uint8(images[: len(chosen)])
+
+
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Precisions, and what the network's products are computed in where that is not float32."""
+
+
+def autocast(device: str | torch.device, precision: str) -> torch.autocast:
+    """A block in which the network runs in that precision on `device`."""
+    dtype = AUTOCAST[precision]
+    return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable, Iterator
@@ -61,7 +62,7 @@ def seed_of(*parts: int | str) -> int:
 
 
 def learning_rate(train: config.Train, images: int) -> float:
-    """The learning rate after `images` images: linear warm-up, then constant."""
+    """The learning rate `images` images after the optimizer began: linear warm-up, then constant."""
     return train.lr * min(1.0, images / train.warmup_images) if train.warmup_images else train.lr
 
 
@@ -323,6 +324,12 @@ class Trainer:
         """Images seen so far."""
         return self.step * self.run.train.batch
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the step that ends at `images`."""
+        began = [session.first_image for session in self.sessions if session.fresh_optimizer]
+        return learning_rate(self.run.train, self.images - (began[-1] if began else 0))
+
     def loss(
         self,
         denoiser: Denoiser | Classifier,
@@ -358,8 +365,8 @@ class Trainer:
             labels = torch.where(numbers.drop, self.run.data.classes, labels)
         y = y.contiguous(memory_format=torch.channels_last)
         noise = numbers.noise.contiguous(memory_format=torch.channels_last)
-        seen = self.images + train.batch
-        rate = learning_rate(train, seen)
+        self.step += 1
+        seen, rate = self.images, self.rate
         for share, halflife in zip(self.ema_shares, self.averages, strict=True):
             share.fill_(1 - ema_decay(train, seen, halflife))
         for group in self.optimizer.param_groups:
@@ -368,9 +375,7 @@ class Trainer:
             else:
                 group["lr"] = rate
         given = (y, noise, numbers.uniform) + (() if labels is None else (labels,))
-        loss = self._replay(given) if self.graphs else self._update(*given)
-        self.step += 1
-        return loss
+        return self._replay(given) if self.graphs else self._update(*given)
 
     def balance(self, y: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None) -> None:
         """Give the bins of a weight `ugd` the weights of Theorem 1, by the first images of process 0's batch.
@@ -528,6 +533,35 @@ class Trainer:
         self.step, self.seconds, self.stopped = about["step"], about["seconds"], about.get("stopped", False)
         self.sessions = [runs.Session(**session) for session in about.get("sessions", [])]
 
+    def load_weights(self, path: Path) -> None:
+        """Take averages and network from the run recorded in `path`, as far as that was trained.
+
+        The network is the main average, in the record's float16; the optimizer knows nothing, as in a run
+        that begins. Raises `ReproError` where the run is one of other settings or pixels, or is recorded
+        without weights.
+        """
+        recorded = runs.load_run(path)
+        if changed := unlike(recorded.config, self.run):
+            raise ReproError(
+                f"{path} was recorded with other settings ({', '.join(changed)}). Go on with the same "
+                f"ones, or choose another --out."
+            )
+        if (theirs := recorded.record.data.fingerprint) != self.fingerprint:
+            raise ReproError(
+                f"{path} was trained on other pixels than the prepared {self.run.data.name} ({theirs[:8]} "
+                f"against {self.fingerprint[:8]}). Prepare the same images, or choose another --out."
+            )
+        with torch.no_grad():
+            for halflife, average in self.averages.items():
+                found = recorded.weights(halflife)
+                for (name, parameter), mine in zip(self.net.named_parameters(), average, strict=True):
+                    mine.copy_(found[name])
+                    if average is self.ema_parameters:
+                        parameter.copy_(found[name])
+        self.captured = None
+        self.step, self.seconds = recorded.record.images // self.run.train.batch, recorded.record.seconds
+        self.sessions = recorded.record.sessions
+
 
 def train(
     run: config.Config,
@@ -535,13 +569,16 @@ def train(
     device: str | None = None,
     grid: tuple[int, int] = (8, 8),
     minutes: float | int | None = None,
+    from_weights: bool = False,
 ) -> Path:
     """Train `run` into the folder `out` and record it there; returns the folder.
 
     Goes on from the state file where there is one. At each evaluation the run so far is recorded whole
     (weights, samples, metrics), so that a run that is never finished is still a recorded run.
     grid: rows and columns of samples.png, sample seeds 0, 1, ... minutes: stop after as many, measure
-    and record; the same call goes on from there.
+    and record; the same call goes on from there. from_weights: where there is no state file, go on from the
+    recorded weights (see `Trainer.load_weights`), of `out` or else of the recorded run of that name, which is
+    copied there; the learning rate warms up again.
 
     Raises `ReproError` for a data set that is not prepared or does not fit, a batch that does not
     divide among the processes, a state of other settings, and a loss that is not finite.
@@ -552,8 +589,22 @@ def train(
     out, place = Path(out), find_place(device)
     data.load(run.data.name)  # before a folder is made for it
     with files.lock(out) if place.first else nullcontext():
-        _train(run, out, place, grid, math.inf if minutes is None else began + 60 * minutes)
+        if from_weights and place.first and not (out / "run.json").exists():
+            copy_record(runs.load_run(run.name), out)
+        if from_weights and place.world > 1:
+            torch.distributed.barrier()
+        _train(run, out, place, grid, math.inf if minutes is None else began + 60 * minutes, from_weights)
     return out
+
+
+def copy_record(recorded: runs.Run, out: Path) -> None:
+    """Copy a recorded run's files, run.json last, into the folder `out`."""
+    try:
+        names = {path.name for path in recorded.path.iterdir()} - {"run.json", STATE, ".lock"}
+        for name in (*sorted(names), "run.json"):
+            shutil.copyfile(recorded.path / name, out / name)
+    except OSError as error:
+        raise ReproError(f"cannot copy {recorded.path} to {out}: {error}. Free some space.") from error
 
 
 def is_trained(run: config.Config, out: Path) -> bool:
@@ -623,7 +674,14 @@ def train_all(
     return done
 
 
-def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], until: float) -> None:
+def _train(
+    run: config.Config,
+    out: Path,
+    place: Place,
+    grid: tuple[int, int],
+    until: float,
+    from_weights: bool,
+) -> None:
     def say(text: str) -> None:
         if place.first:
             print(text, flush=True)
@@ -642,9 +700,14 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
     if (out / STATE).exists():
         trainer.load_state(out)
         say(f"{run.name}: going on from {trainer.images:,} images")
+        from_weights = False
+    elif from_weights:
+        trainer.load_weights(out)
+        say(f"{run.name}: going on from the weights recorded after {trainer.images:,} images")
     elif place.first and (out / "run.json").exists():
         raise ReproError(
-            f"{out} holds a recorded run without its state; choose another --out or move it away"
+            f"{out} holds a recorded run without its state; choose another --out or move it away, or go on "
+            f"from its weights with --from-weights"
         )
     if place.first:
         files.remove_partial(out)
@@ -658,6 +721,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         versions=versions(),
         commit=git_commit(),
         code=provenance.code_version("import repro.train"),
+        fresh_optimizer=from_weights,
     )
     last = trainer.sessions[-1] if trainer.sessions else None
     if last is None or replace(session, first_image=last.first_image) != last:
@@ -681,6 +745,8 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
         code=session.code,
         parameters=sum(p.numel() for p in trainer.net.parameters()),
         earlier=tuple(trainer.sessions[:-1]),
+        first_image=trainer.sessions[-1].first_image,
+        fresh_optimizer=trainer.sessions[-1].fresh_optimizer,
     )
     say(f"{run.name}: {record.parameters:,} parameters, {len(trained_on):,} images, {record.device}")
 
@@ -759,7 +825,7 @@ def _train(run: config.Config, out: Path, place: Place, grid: tuple[int, int], u
                     "images": images,
                     "loss": loss,
                     "images_per_second": round(speed, 1),
-                    "lr": learning_rate(run.train, images),
+                    "lr": trainer.rate,
                     "gradient_norm": norm,
                     "clipped": clipped,
                 }

@@ -309,8 +309,8 @@ def test_guidance_of_an_unconditional_network_is_refused():
 
 
 def test_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="unknown precision 'fp16'; known are fp32, bf16"):
-        images_of(range(2), precision="fp16")
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; known are fp32, bf16, fp16"):
+        images_of(range(2), precision="fp8")
 
 
 def test_bf16_reaches_the_networks_multiplications():

@@ -958,6 +958,77 @@ def test_a_record_without_state_is_not_overwritten(home):
         train.train(RUN, folder, "cpu")
 
 
+TWO = change(RUN, also_ema_halflife_images=(5.0,), warmup_images=16)
+
+
+def test_a_run_goes_on_from_its_recorded_weights_where_its_state_is_lost(home, monkeypatch):
+    """The average is the network then, in the record's float16; the optimizer begins, and warms up, anew."""
+    monkeypatch.setenv("REPRO_RUNS", str(home / "recorded"))
+    kept = train.train(change(TWO, images=24), home / "recorded" / TWO.name, "cpu", grid=(1, 1))
+    recorded = runs.load_run(TWO.name)
+    (kept / train.STATE).unlink()
+    before = {path.name: files.sha256(path) for path in kept.iterdir()}
+    folder = train.train(TWO, home / "out", "cpu", grid=(1, 1), from_weights=True)  # which is copied there
+    assert {path.name: files.sha256(path) for path in kept.iterdir()} == before
+
+    hand = train.Trainer(TWO, CPU)
+    names = [name for name, _ in hand.net.named_parameters()]
+    for halflife, average in hand.averages.items():
+        for mine, name in zip(average, names, strict=True):
+            mine.data.copy_(recorded.weights(halflife)[name])
+    hand.net.load_state_dict(recorded.weights())
+    hand.step = 6
+    hand.sessions = [dataclasses.replace(recorded.record.sessions[0], first_image=24, fresh_optimizer=True)]
+    batches = train.Batches(data.load("drawn"), np.arange(10), TWO.train, CPU)
+    rates = []
+    for step in range(6, 12):
+        hand.train_step(*batches.fetch(step), train.draw(TWO, step, CPU, torch.Generator()))
+        rates.append(hand.rate)
+    assert rates == pytest.approx([lr * 1e-3 for lr in (0.25, 0.5, 0.75, 1, 1, 1)])
+    went_on = runs.load_run(folder)
+    assert [line[2] for line in log_of(folder)][6:] == rates
+    assert log_of(folder)[:6] == log_of(kept)
+    for halflife, average in hand.averages.items():
+        for mine, name in zip(average, names, strict=True):
+            assert torch.equal(mine.half().float(), went_on.weights(halflife)[name])
+    record = went_on.record
+    assert (record.images, record.first_image, record.fresh_optimizer) == (48, 24, True)
+    assert [(part.first_image, part.fresh_optimizer) for part in record.sessions] == [(0, False), (24, True)]
+    assert record.seconds > recorded.record.seconds
+
+    longer = change(TWO, images=56)  # now it has a state, which says more than weights
+    train.train(longer, folder, "cpu", grid=(1, 1), from_weights=True)
+    record = runs.load_run(folder).record
+    assert [(part.first_image, part.fresh_optimizer) for part in record.sessions][:2] == [
+        (0, False),
+        (24, True),
+    ]
+    assert not record.fresh_optimizer and record.first_image == 48
+    assert log_of(folder)[-1][2] == 1e-3  # warm already
+
+
+def test_recorded_weights_of_another_run_are_not_gone_on_from(home, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("REPRO_RUNS", str(home / "recorded"))
+    with pytest.raises(ReproError, match="there is no recorded run lab/tiny"):
+        train.train(RUN, home / "new", "cpu", from_weights=True)
+    folder = train.train(change(RUN, images=4), home / "out", "cpu", grid=(1, 1))
+    (folder / train.STATE).unlink()
+    with pytest.raises(ReproError, match=r"recorded with other settings \(train.lr\). Go on with the same"):
+        train.train(change(RUN, lr=1.0), folder, "cpu", from_weights=True)
+    with pytest.raises(ReproError, match="or go on from its weights with --from-weights"):
+        train.train(RUN, folder, "cpu")
+    other = tmp_path_factory.mktemp("other")
+    prepared(other, constant=7)
+    monkeypatch.setenv("REPRO_DATA", str(other / "data"))
+    with pytest.raises(ReproError, match="was trained on other pixels than the prepared drawn"):
+        train.train(RUN, folder, "cpu", from_weights=True)
+    weights = next(folder.glob("weights-*"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    monkeypatch.setenv("REPRO_DATA", str(home / "data"))
+    with pytest.raises(ReproError, match="is damaged: its SHA-256"):
+        train.train(RUN, folder, "cpu", from_weights=True)
+
+
 def test_a_damaged_state_is_named(home):
     folder = train.train(change(RUN, images=4), home / "out", "cpu", grid=(1, 1))
     (folder / train.STATE).write_bytes(b"0" * 100)
