@@ -964,13 +964,17 @@ def held_out_loss(
 ) -> list[dict]:
     """The loss of the averaged weights on held-out images and on as many training images.
 
-    Both use the same noise and noise levels, so the difference is what the network has memorised.
+    Both use the same noise and noise levels, so the difference is what the network has memorised. The
+    training images are spread evenly over their order, which is by class (lines of older code, without
+    `spread`, are of the first ones).
     """
     run, device = trainer.run, trainer.place.device
     if len(held_out) == 0:
         return []
     lines = []
-    for name, indices in (("held-out", held_out), ("training", trained_on[: len(held_out)])):
+    number = min(len(held_out), len(trained_on))
+    spread = trained_on[np.arange(number) * len(trained_on) // number]
+    for name, indices in (("held-out", held_out), ("training", spread)):
         batch = min(evaluation_batch(run), len(indices))
         total, count = 0.0, 0
         for first in range(0, len(indices) - batch + 1, batch):
@@ -988,6 +992,7 @@ def held_out_loss(
                 "value": total / count,
                 "images": trainer.images,
                 "count": count,
+                "spread": True,
             }
         )
     return lines

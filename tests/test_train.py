@@ -370,6 +370,8 @@ def test_held_out_images_are_as_hard_as_the_same_images_trained_on(home):
     assert same[0]["value"] == same[1]["value"] > 0 and same[0]["count"] == 3
     other = train.held_out_loss(trainer, real, np.array([0, 2, 3, 5]), rows)
     assert other[0]["value"] == same[0]["value"] != other[1]["value"] and other[1]["count"] == 3
+    every_other = train.held_out_loss(trainer, real, np.array([1, 0, 4, 0, 6, 0]), rows)
+    assert every_other[1]["value"] == same[0]["value"]  # the images compared are spread over all
     assert train.held_out_loss(trainer, real, rows, np.array([], int)) == []
 
 
