@@ -78,9 +78,9 @@ class TrainOptions:
     """By default the GPU if there is one."""
     minutes: float | None = None
     """Stop after this many, measured and recorded (the last measurement comes on top); by default never."""
-    from_weights: bool = False
-    """Where there is no state to go on from: go on from the weights recorded in --out, or else in paper/runs,
-    with an optimizer that starts anew. For longer: with --train.images."""
+    from_weights: Annotated[str | None, tyro.conf.arg(metavar="RUN")] = None
+    """Where --out has no state to go on from: go on from the weights of this recorded run of the same
+    settings, with an optimizer that starts anew. For longer than it: with --train.images."""
     dry_run: bool = False
     """Only print what the training takes: steps, memory, arithmetic. Needs no data and no GPU and writes
     nothing. For N processes: with WORLD_SIZE=N in the environment, or under torchrun."""

@@ -139,6 +139,8 @@ class Weight:
     probe_images: Annotated[int, Field(ge=1)] | None = None
     """Of ugd: of how many images of the batch the bins' gradients of the loss in x0 are then taken, in
     float32: that needs the memory of bins * parameters numbers, and of the activations of so many images."""
+    ridge: float | None = None
+    """Of ugd: how much uneven weights cost, see `repro.pareto.ridged`; none: nothing, as in Theorem 1."""
 
 
 @dataclass(frozen=True, config=strict)

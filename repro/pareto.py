@@ -182,6 +182,21 @@ def exact(gram: Float[Tensor, "T T"]) -> Combination:
     return combine(G, torch.from_numpy(y * shares))
 
 
+def ridged(gram: Float[Tensor, "T T"], ridge: float) -> Combination:
+    """The combination whose squared length plus ridge * m * |w|^2 is least, m the gradients' mean square.
+
+    Ours: at the minimum of `exact` most weights are 0 where gradients are of very different lengths, and
+    levels of weight 0 are not trained. The larger the ridge, the more even the weights; 0 is `exact`. Raises
+    `ReproError` for a ridge that is negative or not finite.
+    """
+    if not 0 <= ridge < math.inf:
+        raise ReproError(f"a ridge is at least 0 and finite, not {ridge}")
+    G = _checked(gram)
+    if ridge == 0 or G.diagonal().max() == 0:
+        return exact(G)
+    return combine(G, exact(G + ridge * G.diagonal().mean() * torch.eye(len(G)).to(G)).weights)
+
+
 def frank_wolfe(
     gram: Float[Tensor, "T T"], steps: int = 250, tolerance: float = 0.0, start: Sequence[float] | None = None
 ) -> Combination:
@@ -263,16 +278,17 @@ def of_bins(
     bins: int,
     labels: Int[Tensor, " n"] | None = None,
     chunk: int = 4,
+    ridge: float = 0.0,
 ) -> Combination:
     """Theorem 1's weights of bins of noise levels that are trained equally often, on the loss in x0.
 
-    Each image is seen at one level of every bin: where `uniform`, in [0, 1), says within the bin. Memory and
-    errors are those of `gradients`.
+    Each image is seen at one level of every bin: where `uniform`, in [0, 1), says within the bin. ridge: as
+    in `ridged`. Memory and errors are those of `gradients`.
     """
     within = (torch.arange(bins, device=uniform.device)[:, None] + uniform.double()) / bins
     on_x0 = weights.from_config(config.Weight("constant"), X0)
     rows = gradients(denoiser, y, noise, denoiser.schedule.draw(within), on_x0, labels, chunk)
-    return exact(gram(rows, 2**18))
+    return ridged(gram(rows, 2**18), ridge)
 
 
 def _check_steps(steps: int) -> None:

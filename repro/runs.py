@@ -94,8 +94,10 @@ class Session:
     """As in `Record`."""
     code: str
     """As in `Record`."""
-    fresh_optimizer: bool = False
-    """Whether it began from the recorded weights, float16, with an optimizer that knew nothing."""
+    from_run: str | None = None
+    """The recorded run whose weights, float16, it began from, with an optimizer that knew nothing."""
+    from_weights: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each of that run's weight files."""
 
 
 @dataclass(frozen=True, config=config.strict)
@@ -126,7 +128,9 @@ class Record:
     """Parts of a resumed training that ran elsewhere or by other code; above stands the last one."""
     first_image: int = 0
     """As in `Session`, of the last one."""
-    fresh_optimizer: bool = False
+    from_run: str | None = None
+    """As in `Session`, of the last one."""
+    from_weights: dict[str, str] = field(default_factory=dict)
     """As in `Session`, of the last one."""
 
     @property

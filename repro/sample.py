@@ -256,8 +256,7 @@ def generate(
     replay network and guidance as a CUDA graph; worth it from some ten steps on. Without effect on a limited
     guidance interval and on another network of low noise, which look at sigma.
     """
-    if precision not in AUTOCAST:
-        raise ReproError(f"unknown precision {precision!r}; known are {', '.join(AUTOCAST)}")
+    cast = autocast(device, precision)
     seeds = list(seeds)
     sample = sample or run.sample
     shape = (run.data.channels, run.data.resolution, run.data.resolution)
@@ -274,8 +273,13 @@ def generate(
         padded = chosen + [chosen[-1]] * (batch - len(chosen))
         noise = SeedNoise([seeds[i] for i in padded], shape, device, ahead=stochastic)
         some = None if labels is None else labels[padded].to(device)
-        with autocast(device, precision):
+        with cast:
             images = sample_batch(denoiser, sample, noise, some, labelled)
+        if not torch.isfinite(images).all():  # which would pass for black as uint8
+            raise ReproError(
+                f"an image drawn in {precision} is not finite; try the precision "
+                f"{'bf16 or fp32' if precision == 'fp16' else 'fp32'}, or fewer steps from a lower sigma_max"
+            )
         yield to_uint8(images[: len(chosen)])
 
 
@@ -284,7 +288,9 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: str | torch.device, precision: str) -> torch.autocast:
-    """A block in which the network runs in that precision on `device`."""
+    """A block in which the network runs in that precision on `device`; `ReproError` for an unknown one."""
+    if precision not in AUTOCAST:
+        raise ReproError(f"unknown precision {precision!r}; known are {', '.join(AUTOCAST)}")
     dtype = AUTOCAST[precision]
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 

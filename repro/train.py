@@ -282,8 +282,8 @@ class Trainer:
         self.weight = None
         if run.model.kind != "classifier":
             self.weight = weights.of_run(run, self.denoiser.parameterization)
-        self.balance_every = 0
-        """Steps after which a weight `ugd` is computed anew; 0 for all others."""
+        self.balance_every, self.balanced = 0, False
+        """Steps after which a weight `ugd` is computed anew, 0 for all others; and whether it was yet."""
         if run.weight.name == "ugd" and self.weight is not None:
             if run.weight.probe_images > run.train.batch // place.world:
                 raise ReproError(
@@ -327,7 +327,7 @@ class Trainer:
     @property
     def rate(self) -> float:
         """The learning rate of the step that ends at `images`."""
-        began = [session.first_image for session in self.sessions if session.fresh_optimizer]
+        began = [session.first_image for session in self.sessions if session.from_run]
         return learning_rate(self.run.train, self.images - (began[-1] if began else 0))
 
     def loss(
@@ -393,12 +393,16 @@ class Trainer:
             self.net.eval()
             try:
                 plain = self.denoiser.with_net(self.net)
-                found = pareto.of_bins(plain, y[:count], noise, uniform, self.run.weight.bins, known, 1)
+                weight = self.run.weight
+                found = pareto.of_bins(
+                    plain, y[:count], noise, uniform, weight.bins, known, chunk=1, ridge=weight.ridge or 0.0
+                )
             finally:
                 self.net.train()
             self.weight.values.copy_(found.weights * len(found.weights))  # in place: a captured step reads it
         if self.place.world > 1:
             torch.distributed.broadcast(self.weight.values, 0)
+        self.balanced = True
 
     def _update(
         self, y: Tensor, noise: Tensor, uniform: Tensor, labels: Tensor | None = None
@@ -529,28 +533,18 @@ class Trainer:
                     tensor.copy_(tensors[f"{prefix}.{name}"])
             if self.balance_every:
                 self.weight.values.copy_(tensors["weight.values"])
+                self.balanced = True
         self.captured = None  # a graph would go on with the tensors replaced above
         self.step, self.seconds, self.stopped = about["step"], about["seconds"], about.get("stopped", False)
         self.sessions = [runs.Session(**session) for session in about.get("sessions", [])]
 
-    def load_weights(self, path: Path) -> None:
-        """Take averages and network from the run recorded in `path`, as far as that was trained.
+    def load_weights(self, recorded: runs.Run) -> None:
+        """Take averages and network from a recorded run, as far as that was trained.
 
         The network is the main average, in the record's float16; the optimizer knows nothing, as in a run
-        that begins. Raises `ReproError` where the run is one of other settings or pixels, or is recorded
-        without weights.
+        that begins. Raises `ReproError` as `check_goes_on` does.
         """
-        recorded = runs.load_run(path)
-        if changed := unlike(recorded.config, self.run):
-            raise ReproError(
-                f"{path} was recorded with other settings ({', '.join(changed)}). Go on with the same "
-                f"ones, or choose another --out."
-            )
-        if (theirs := recorded.record.data.fingerprint) != self.fingerprint:
-            raise ReproError(
-                f"{path} was trained on other pixels than the prepared {self.run.data.name} ({theirs[:8]} "
-                f"against {self.fingerprint[:8]}). Prepare the same images, or choose another --out."
-            )
+        check_goes_on(recorded, self.run, self.fingerprint)
         with torch.no_grad():
             for halflife, average in self.averages.items():
                 found = recorded.weights(halflife)
@@ -563,22 +557,40 @@ class Trainer:
         self.sessions = recorded.record.sessions
 
 
+def check_goes_on(recorded: runs.Run, run: config.Config, fingerprint: str) -> None:
+    """Raise `ReproError` where `run` cannot go on from a recorded run's weights.
+
+    That is where settings differ (but for the name, and what may always change), or the pixels, or the
+    recorded weights are not whole.
+    """
+    if changed := [name for name in unlike(recorded.config, run) if name != "name"]:
+        raise ReproError(
+            f"{recorded.name} was recorded with other settings ({', '.join(changed)}): its training can only "
+            f"go on with the same ones. Leave out --from-weights to begin anew."
+        )
+    if (theirs := recorded.record.data.fingerprint) != fingerprint:
+        raise ReproError(
+            f"{recorded.name} was trained on other pixels than the prepared {run.data.name} ({theirs[:8]} "
+            f"against {fingerprint[:8]}). Prepare the same images, or leave out --from-weights."
+        )
+    recorded.weights()
+
+
 def train(
     run: config.Config,
     out: str | Path,
     device: str | None = None,
     grid: tuple[int, int] = (8, 8),
     minutes: float | int | None = None,
-    from_weights: bool = False,
+    from_weights: str | Path | None = None,
 ) -> Path:
     """Train `run` into the folder `out` and record it there; returns the folder.
 
     Goes on from the state file where there is one. At each evaluation the run so far is recorded whole
     (weights, samples, metrics), so that a run that is never finished is still a recorded run.
     grid: rows and columns of samples.png, sample seeds 0, 1, ... minutes: stop after as many, measure
-    and record; the same call goes on from there. from_weights: where there is no state file, go on from the
-    recorded weights (see `Trainer.load_weights`), of `out` or else of the recorded run of that name, which is
-    copied there; the learning rate warms up again.
+    and record; the same call goes on from there. from_weights: a recorded run: where `out` has no state,
+    go on from its weights (see `Trainer.load_weights`), log and metrics. The learning rate warms up again.
 
     Raises `ReproError` for a data set that is not prepared or does not fit, a batch that does not
     divide among the processes, a state of other settings, and a loss that is not finite.
@@ -588,23 +600,10 @@ def train(
         raise ReproError(f"a run cannot stop after {minutes} minutes; give a number above 0")
     out, place = Path(out), find_place(device)
     data.load(run.data.name)  # before a folder is made for it
+    source = None if from_weights is None else runs.load_run(from_weights)
     with files.lock(out) if place.first else nullcontext():
-        if from_weights and place.first and not (out / "run.json").exists():
-            copy_record(runs.load_run(run.name), out)
-        if from_weights and place.world > 1:
-            torch.distributed.barrier()
-        _train(run, out, place, grid, math.inf if minutes is None else began + 60 * minutes, from_weights)
+        _train(run, out, place, grid, math.inf if minutes is None else began + 60 * minutes, source)
     return out
-
-
-def copy_record(recorded: runs.Run, out: Path) -> None:
-    """Copy a recorded run's files, run.json last, into the folder `out`."""
-    try:
-        names = {path.name for path in recorded.path.iterdir()} - {"run.json", STATE, ".lock"}
-        for name in (*sorted(names), "run.json"):
-            shutil.copyfile(recorded.path / name, out / name)
-    except OSError as error:
-        raise ReproError(f"cannot copy {recorded.path} to {out}: {error}. Free some space.") from error
 
 
 def is_trained(run: config.Config, out: Path) -> bool:
@@ -680,7 +679,7 @@ def _train(
     place: Place,
     grid: tuple[int, int],
     until: float,
-    from_weights: bool,
+    source: runs.Run | None,
 ) -> None:
     def say(text: str) -> None:
         if place.first:
@@ -700,15 +699,17 @@ def _train(
     if (out / STATE).exists():
         trainer.load_state(out)
         say(f"{run.name}: going on from {trainer.images:,} images")
-        from_weights = False
-    elif from_weights:
-        trainer.load_weights(out)
-        say(f"{run.name}: going on from the weights recorded after {trainer.images:,} images")
-    elif place.first and (out / "run.json").exists():
+        source = None
+    elif (out / "run.json").exists() and (source is None or source.path.resolve() != out.resolve()):
         raise ReproError(
             f"{out} holds a recorded run without its state; choose another --out or move it away, or go on "
-            f"from its weights with --from-weights"
+            f"from its weights with --from-weights {out}"
         )
+    elif source is not None:
+        trainer.load_weights(source)
+        say(f"{run.name}: going on from the weights of {source.name}, of {trainer.images:,} images")
+        if place.first and source.path.resolve() != out.resolve():
+            copy_lines(source.path, out)
     if place.first:
         files.remove_partial(out)
         for name in ("log.jsonl", "metrics.jsonl"):  # what a killed run wrote after its last state
@@ -721,10 +722,11 @@ def _train(
         versions=versions(),
         commit=git_commit(),
         code=provenance.code_version("import repro.train"),
-        fresh_optimizer=from_weights,
+        from_run=None if source is None else source.config.name,
+        from_weights={} if source is None else source.record.weights,
     )
     last = trainer.sessions[-1] if trainer.sessions else None
-    if last is None or replace(session, first_image=last.first_image) != last:
+    if source is not None or last is None or replace(session, first_image=last.first_image) != last:
         trainer.sessions.append(session)
     record = runs.Record(
         config=run,
@@ -746,7 +748,8 @@ def _train(
         parameters=sum(p.numel() for p in trainer.net.parameters()),
         earlier=tuple(trainer.sessions[:-1]),
         first_image=trainer.sessions[-1].first_image,
-        fresh_optimizer=trainer.sessions[-1].fresh_optimizer,
+        from_run=trainer.sessions[-1].from_run,
+        from_weights=trainer.sessions[-1].from_weights,
     )
     say(f"{run.name}: {record.parameters:,} parameters, {len(trained_on):,} images, {record.device}")
 
@@ -798,7 +801,8 @@ def _train(
         while trainer.step < total and not stop:
             y, labels = upcoming.result()
             upcoming = loader.submit(batches.fetch, trainer.step + 1)
-            if trainer.balance_every and trainer.step % trainer.balance_every == 0:
+            due = trainer.balance_every and trainer.step % trainer.balance_every == 0
+            if due or (trainer.balance_every and not trainer.balanced):
                 trainer.balance(y, labels)
             losses.append(trainer.train_step(y, labels, draw(run, trainer.step, place, generator)))
             step, images = trainer.step, trainer.images
@@ -909,6 +913,16 @@ def check_evaluations(run: config.Config, real: data.Dataset) -> None:
                 f"the classifier {how.classifier} is one of (classes, side, channels) {theirs}, but "
                 f"{run.name} draws {ours}"
             )
+
+
+def copy_lines(source: Path, out: Path) -> None:
+    """Copy the log and the metrics of a recorded run's folder into `out`."""
+    try:
+        for name in ("log.jsonl", "metrics.jsonl"):
+            if (source / name).exists():
+                shutil.copyfile(source / name, out / name)
+    except OSError as error:
+        raise ReproError(f"cannot copy from {source} to {out}: {error}. Free some space.") from error
 
 
 def keep_until(path: Path, images: int) -> None:

@@ -101,6 +101,10 @@ def table(schedule: schedules.DiscreteVP | schedules.EDM, bins: int) -> Table:
     return Table(edges, torch.ones(bins, dtype=torch.float64))
 
 
+UGD = ("bins", "every_images", "probe_images")
+"""Options that the weight `ugd` needs; it may have a `ridge` too."""
+
+
 def from_config(weight: config.Weight, parameterization: Parameterization, sigma_data: float = 0.5) -> Weight:
     """The weight that a configuration names, as a function of SNR alone.
 
@@ -111,9 +115,9 @@ def from_config(weight: config.Weight, parameterization: Parameterization, sigma
         "min_snr": ("gamma",),
         "soft_min_snr": ("gamma",),
         "p2": ("gamma", "k"),
-        "ugd": ("bins", "every_images", "probe_images"),
+        "ugd": (*UGD, "ridge"),
     }.get(weight.name, ())
-    options = ("gamma", "k", "bins", "every_images", "probe_images")
+    options = ("gamma", "k", *UGD, "ridge")
     given = {key: value for key in options if (value := getattr(weight, key)) is not None}
     for key, value in given.items():
         if key not in takes:
@@ -139,10 +143,12 @@ def of_run(run: config.Config, parameterization: Parameterization) -> Weight:
     Raises `ReproError` as `from_config` does, and for a `ugd` without one of its options, or with the factor.
     """
     if run.weight.name == "ugd":
-        if missing := [o for o in ("bins", "every_images", "probe_images") if getattr(run.weight, o) is None]:
+        if missing := [o for o in UGD if getattr(run.weight, o) is None]:
             raise ReproError(f"the weight 'ugd' needs {', '.join(missing)}")
         if run.weight.gamma is not None or run.weight.k is not None or run.min_snr_factor is not None:
             raise ReproError("the weight 'ugd' has no gamma, k or min_snr_factor; leave them out")
+        if run.weight.ridge is not None and not 0 < run.weight.ridge < math.inf:
+            raise ReproError(f"ridge of the weight 'ugd' must be positive and finite, not {run.weight.ridge}")
         return table(schedules.from_config(run.schedule), run.weight.bins)
     weight, gamma = from_config(run.weight, parameterization, run.sigma_data), run.min_snr_factor
     if gamma is None:

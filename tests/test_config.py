@@ -163,9 +163,10 @@ def test_the_runs_of_figure_8_are_arms_of_figure_1_and_differ_in_the_weight_alon
     weight = {"weight.name", "weight.bins", "weight.every_images", "weight.probe_images", "weight.gamma"}
     assert set(runs.differences(ugd, arm)) == {"name", "note", *weight}
     for run in beside:
-        assert set(runs.differences(ugd, run)) <= {"name", "note", "record_weights", *weight}
+        assert set(runs.differences(ugd, run)) <= {"name", "note", "record_weights", "weight.ridge", *weight}
         assert not run.record_weights and "not recorded" in run.note
-    assert [run.weight for run in beside] == [arm.weight, config.Weight("constant")]
+    ridged = dataclasses.replace(ugd.weight, ridge=0.1)
+    assert [run.weight for run in beside] == [ridged, arm.weight, config.Weight("constant")]
 
 
 # The arms of Figure 1
@@ -328,9 +329,13 @@ def test_the_paper_networks_of_figures_10_and_11_have_the_published_sizes():
 def test_the_lab_networks_of_figures_10_and_11_fit_into_32_megabytes(name):
     run = presets.preset(f"lab/{name}")
     assert 14e6 < parameters(run) < 16e6
-    assert run.train.ema_halflife_images == run.train.images / 16 and run.train.ema_rampup == 0.1
+    assert run.train.ema_halflife_images == 1e6 and run.train.ema_rampup == 0.1
     at = run.evaluate.at
-    assert len(at) == 8 and all(b / a == pytest.approx(2**0.5, rel=1e-6) for a, b in itertools.pairwise(at))
+    assert all(b > a for a, b in itertools.pairwise(at))
+    recorded = runs.load_run(f"lab/{name}")
+    assert [m["images"] for m in recorded.distances(run.sample)][:-1] == list(at[:-1])
+    trials = [runs.load_run(other) for other in runs.names() if other.startswith(f"lab/{name[11:]}-lr")]
+    assert trials and all(trial.record.images == at[0] for trial in trials)
     (plain,) = run.evaluate.also
     assert dataclasses.replace(run.sample, guidance=1.0) == plain
     assert run.train.cuda_graphs and run.data.holdout == 1000

@@ -18,6 +18,8 @@ from repro.files import ReproError
 ID = "fig9_celeba64_unet"
 COMMITTED = provenance.ROOT / "paper"
 
+pytestmark = pytest.mark.timeout(900)  # the first test renders every output, beside another worker's tests
+
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):

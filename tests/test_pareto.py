@@ -105,6 +105,31 @@ def test_the_exact_point_has_no_gap_and_descends_for_all(g):
 
 
 @settings(max_examples=500, deadline=None)
+@given(gradients(), st.sampled_from([1e-3, 0.1, 1.0, 10.0]))
+def test_a_ridge_is_at_its_own_minimum_and_evens_out_the_weights(g, ridge):
+    G = pareto.gram(g)
+    found, longer = pareto.ridged(G, ridge), pareto.ridged(G, 1e9)
+    mean = float(G.diagonal().mean())
+    marginal = G @ found.weights + ridge * mean * found.weights  # half the gradient of what is least
+    assert float(marginal.min()) >= float(found.weights @ marginal) - 1e-9 * scale(G)
+    torch.testing.assert_close(found.products, G @ found.weights)  # of the combination, without the ridge
+    assert found.squared_norm >= pareto.exact(G).squared_norm - 1e-9 * scale(G)
+    if mean and not (G.diagonal() == 0).any():
+        torch.testing.assert_close(
+            longer.weights, torch.full_like(longer.weights, 1 / len(G)), atol=1e-6, rtol=0
+        )
+        more = pareto.ridged(G, 10 * ridge).weights
+        assert float(more @ more) <= float(found.weights @ found.weights) + 1e-9
+    torch.testing.assert_close(pareto.ridged(G, 0.0).weights, pareto.exact(G).weights)
+
+
+@pytest.mark.parametrize("ridge", [-1.0, float("nan"), float("inf")])
+def test_a_ridge_that_cannot_be_is_refused(ridge):
+    with pytest.raises(ReproError, match="a ridge is at least 0 and finite"):
+        pareto.ridged(torch.eye(2), ridge)
+
+
+@settings(max_examples=500, deadline=None)
 @given(st.integers(2, 9), st.integers(0, 2**32 - 1), st.floats(0, 7))
 def test_short_gradients_count_beside_long_ones(levels, seed, spread):
     """Of full rank, lengths up to 10^7 apart: the gap is small beside |u|^2, which is that of a short one."""

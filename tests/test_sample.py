@@ -10,6 +10,7 @@ from exact import ExactNet, Gaussian, Mixture
 from scipy import stats
 
 from repro import config, denoiser, presets, runs, sample, samplers, schedules
+from repro.files import ReproError
 
 MIXTURE = Mixture()
 RUN = config.Config(
@@ -313,8 +314,22 @@ def test_unknown_precision_is_refused():
         images_of(range(2), precision="fp8")
 
 
-def test_bf16_reaches_the_networks_multiplications():
-    seen = set()
+def test_an_image_that_is_not_finite_is_no_black_image():
+    class Broken(torch.nn.Module):
+        classes, null_class = 0, False
+
+        def forward(self, x, t, labels):
+            return x * float("nan")
+
+    D = denoiser.Denoiser(Broken(), schedules.cosine_vp(), denoiser.EPS)
+    with pytest.raises(
+        ReproError, match="an image drawn in fp16 is not finite; try the precision bf16 or fp32"
+    ):
+        images_of(range(2), run=UNLABELLED, D=D, precision="fp16")
+
+
+def test_half_precisions_reach_the_networks_multiplications_and_change_little():
+    seen, drawn = set(), {}
 
     class Linear(torch.nn.Module):
         classes, null_class = 0, False
@@ -324,10 +339,12 @@ def test_bf16_reaches_the_networks_multiplications():
             seen.add(out.dtype)
             return out.view_as(x)
 
-    for precision in ("fp32", "bf16"):
+    for precision in sample.AUTOCAST:
         D = denoiser.Denoiser(Linear(), schedules.cosine_vp(), denoiser.EPS)
-        images_of(range(2), run=UNLABELLED, D=D, precision=precision)
-    assert seen == {torch.float32, torch.bfloat16}
+        drawn[precision] = images_of(range(2), run=UNLABELLED, D=D, precision=precision).float()
+    assert seen == {torch.float32, torch.bfloat16, torch.float16}
+    apart = {precision: float((drawn[precision] - drawn["fp32"]).abs().mean()) for precision in drawn}
+    assert 0 < apart["fp16"] < apart["bf16"] / 3  # three bits more
 
 
 # Bytes

@@ -413,10 +413,11 @@ UGD = config.Weight("ugd", bins=3, every_images=8, probe_images=2)
 OTHERWISE = f"dataclasses.replace(RUN, weight=train.config.{UGD!r}, parameterization='x0')"
 
 
-@pytest.mark.parametrize("predicts", ["x0", "v"])
-def test_a_weight_that_follows_from_gradients_is_that_of_theorem_1(home, predicts):
+@pytest.mark.parametrize("predicts, ridge", [("x0", None), ("v", None), ("x0", 0.1)])
+def test_a_weight_that_follows_from_gradients_is_that_of_theorem_1(home, predicts, ridge):
     """In the first step, by gradients taken one by one; then anew after every 8 images, in the log."""
-    run = dataclasses.replace(change(RUN, images=16), weight=UGD, parameterization=predicts)
+    weight = dataclasses.replace(UGD, ridge=ridge)
+    run = dataclasses.replace(change(RUN, images=16), weight=weight, parameterization=predicts)
     trainer = train.Trainer(run, CPU)
     real = data.load("drawn")
     y, labels = train.Batches(real, np.arange(10), run.train, CPU).fetch(0)
@@ -430,7 +431,7 @@ def test_a_weight_that_follows_from_gradients_is_that_of_theorem_1(home, predict
         loss = (D(x, sigma) - y[:2]).square().mean()  # in x0, whatever the network predicts
         found = torch.autograd.grad(loss, list(trainer.net.parameters()), allow_unused=True)
         rows.append(torch.cat([g.flatten() for g in found if g is not None]))
-    wanted = 3 * pareto.exact(pareto.gram(torch.stack(rows))).weights
+    wanted = 3 * pareto.ridged(pareto.gram(torch.stack(rows)), ridge or 0.0).weights
     torch.testing.assert_close(trainer.weight.values, wanted, rtol=1e-3, atol=1e-4)
     assert float(trainer.weight.values.mean()) == pytest.approx(1) and trainer.net.training
     log = files.read_lines(train.train(run, home / "out", "cpu", grid=(1, 1)) / "log.jsonl")
@@ -470,6 +471,8 @@ def test_a_weight_that_cannot_be_computed_is_refused():
         (dataclasses.replace(UGD, bins=None), "the weight 'ugd' needs bins"),
         (dataclasses.replace(UGD, gamma=5.0), "has no gamma, k or min_snr_factor"),
         (config.Weight("snr", bins=3), "the weight 'snr' has no bins; leave it out"),
+        (config.Weight("snr", ridge=1.0), "the weight 'snr' has no ridge; leave it out"),
+        (dataclasses.replace(UGD, ridge=-1.0), "ridge of the weight 'ugd' must be positive and finite"),
     ):
         with pytest.raises(ReproError, match=message):
             train.Trainer(dataclasses.replace(RUN, weight=weight), CPU)
@@ -970,7 +973,8 @@ def test_a_run_goes_on_from_its_recorded_weights_where_its_state_is_lost(home, m
     recorded = runs.load_run(TWO.name)
     (kept / train.STATE).unlink()
     before = {path.name: files.sha256(path) for path in kept.iterdir()}
-    folder = train.train(TWO, home / "out", "cpu", grid=(1, 1), from_weights=True)  # which is copied there
+    longer = dataclasses.replace(TWO, name="lab/longer")
+    folder = train.train(longer, home / "out", "cpu", grid=(1, 1), from_weights=TWO.name)
     assert {path.name: files.sha256(path) for path in kept.iterdir()} == before
 
     hand = train.Trainer(TWO, CPU)
@@ -980,7 +984,7 @@ def test_a_run_goes_on_from_its_recorded_weights_where_its_state_is_lost(home, m
             mine.data.copy_(recorded.weights(halflife)[name])
     hand.net.load_state_dict(recorded.weights())
     hand.step = 6
-    hand.sessions = [dataclasses.replace(recorded.record.sessions[0], first_image=24, fresh_optimizer=True)]
+    hand.sessions = [dataclasses.replace(recorded.record.sessions[0], first_image=24, from_run=TWO.name)]
     batches = train.Batches(data.load("drawn"), np.arange(10), TWO.train, CPU)
     rates = []
     for step in range(6, 12):
@@ -994,41 +998,84 @@ def test_a_run_goes_on_from_its_recorded_weights_where_its_state_is_lost(home, m
         for mine, name in zip(average, names, strict=True):
             assert torch.equal(mine.half().float(), went_on.weights(halflife)[name])
     record = went_on.record
-    assert (record.images, record.first_image, record.fresh_optimizer) == (48, 24, True)
-    assert [(part.first_image, part.fresh_optimizer) for part in record.sessions] == [(0, False), (24, True)]
+    assert (record.images, record.first_image, record.from_run) == (48, 24, TWO.name)
+    assert record.from_weights == recorded.record.weights
+    assert [(part.first_image, part.from_run) for part in record.sessions] == [(0, None), (24, TWO.name)]
     assert record.seconds > recorded.record.seconds
 
-    longer = change(TWO, images=56)  # now it has a state, which says more than weights
-    train.train(longer, folder, "cpu", grid=(1, 1), from_weights=True)
-    record = runs.load_run(folder).record
-    assert [(part.first_image, part.fresh_optimizer) for part in record.sessions][:2] == [
-        (0, False),
-        (24, True),
-    ]
-    assert not record.fresh_optimizer and record.first_image == 48
+    # now it has a state, which says more than weights
+    train.train(change(longer, images=56), folder, "cpu", grid=(1, 1), from_weights=TWO.name)
+    parts = [(part.first_image, part.from_run) for part in runs.load_run(folder).record.sessions]
+    assert parts == [(0, None), (24, TWO.name), (48, None)]
     assert log_of(folder)[-1][2] == 1e-3  # warm already
+
+    (folder / train.STATE).unlink()  # lost again, on the same machine
+    train.train(change(longer, images=64), folder, "cpu", grid=(1, 1), from_weights=folder)
+    record = runs.load_run(folder).record
+    assert (len(record.sessions), record.first_image, record.from_run) == (4, 56, "lab/longer")
+    assert log_of(folder)[-1][2] == pytest.approx(0.5e-3)
+
+
+def test_two_processes_go_on_from_recorded_weights_as_one_does(home):
+    short = train.train(change(RUN, images=24), home / "short", "cpu", grid=(1, 1))
+    code = script(home / "two", changes="images=40")
+    code = code.replace('"cpu", (1, 1))', f'"cpu", (1, 1), from_weights={str(short)!r})')
+    assert "from_weights" in code
+    (home / "two.py").write_text(code)
+    torchrun(2, home / "two.py")
+    one = train.train(change(RUN, images=40), home / "one", "cpu", grid=(1, 1), from_weights=short)
+    assert runs.load_run(home / "two").record.first_image == 24
+    for seen, wanted in zip(log_of(home / "two"), log_of(one), strict=True):
+        assert seen == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_state_of_a_training_that_is_not_recorded_yet_is_kept_with_its_log(home):
+    short = train.train(change(RUN, images=24), home / "short", "cpu", grid=(1, 1))
+    folder = train.train(change(RUN, images=32), home / "out", "cpu", grid=(1, 1))
+    own = log_of(folder)
+    (folder / "run.json").unlink()  # as if killed before the first record
+    train.train(change(RUN, images=36), folder, "cpu", grid=(1, 1), from_weights=short)
+    assert log_of(folder)[:8] == own and runs.load_run(folder).record.from_run is None
+
+
+def test_a_weight_that_follows_from_gradients_is_computed_at_once_by_one_that_goes_on_from_weights(home):
+    run = change(dataclasses.replace(RUN, weight=UGD, parameterization="x0"), images=12)  # 8 images: anew
+    short = train.train(run, home / "short", "cpu", grid=(1, 1))
+    folder = train.train(change(run, images=20), home / "out", "cpu", grid=(1, 1), from_weights=short)
+    weights = [line["weights"] for line in files.read_lines(folder / "log.jsonl")]
+    assert weights[3] != [1.0, 1.0, 1.0] and sum(weights[3]) == pytest.approx(3)  # after 16 images
+    assert weights[3] != weights[2] and weights[4] != weights[3]
 
 
 def test_recorded_weights_of_another_run_are_not_gone_on_from(home, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("REPRO_RUNS", str(home / "recorded"))
     with pytest.raises(ReproError, match="there is no recorded run lab/tiny"):
-        train.train(RUN, home / "new", "cpu", from_weights=True)
+        train.train(RUN, home / "new", "cpu", from_weights="lab/tiny")
     folder = train.train(change(RUN, images=4), home / "out", "cpu", grid=(1, 1))
     (folder / train.STATE).unlink()
-    with pytest.raises(ReproError, match=r"recorded with other settings \(train.lr\). Go on with the same"):
-        train.train(change(RUN, lr=1.0), folder, "cpu", from_weights=True)
     with pytest.raises(ReproError, match="or go on from its weights with --from-weights"):
         train.train(RUN, folder, "cpu")
-    other = tmp_path_factory.mktemp("other")
-    prepared(other, constant=7)
-    monkeypatch.setenv("REPRO_DATA", str(other / "data"))
-    with pytest.raises(ReproError, match="was trained on other pixels than the prepared drawn"):
-        train.train(RUN, folder, "cpu", from_weights=True)
+    other = train.train(change(RUN, images=8), home / "other", "cpu", grid=(1, 1))
+    with pytest.raises(ReproError, match="holds a recorded run without its state"):  # which would be lost
+        train.train(RUN, folder, "cpu", from_weights=other)
+
+    def refused(message, run=RUN):
+        with pytest.raises(ReproError, match=message):
+            train.train(run, home / "new", "cpu", from_weights=folder)
+        assert not {path.name for path in (home / "new").glob("*")} - {".lock"}
+
+    refused(r"was recorded with other settings \(train.lr\): its training", change(RUN, lr=1.0))
+    elsewhere = tmp_path_factory.mktemp("other")
+    prepared(elsewhere, constant=7)
+    monkeypatch.setenv("REPRO_DATA", str(elsewhere / "data"))
+    refused("was trained on other pixels than the prepared drawn")
     weights = next(folder.glob("weights-*"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     monkeypatch.setenv("REPRO_DATA", str(home / "data"))
-    with pytest.raises(ReproError, match="is damaged: its SHA-256"):
-        train.train(RUN, folder, "cpu", from_weights=True)
+    refused("is damaged: its SHA-256")
+    weights.unlink()
+    runs.write_record(folder, dataclasses.replace(runs.load_run(folder).record, weights={}))
+    refused("was recorded without weights")
 
 
 def test_a_damaged_state_is_named(home):
