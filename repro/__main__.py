@@ -1,4 +1,4 @@
-"""Command line: prepare, train, train-all, sample, evaluate, gradients, render, presets.
+"""Command line: prepare, train, train-all, sample, evaluate, gradients, import, render, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -357,6 +357,24 @@ def gradients(
         files.append_line(recorded.path / "metrics.jsonl", line)
 
 
+def import_(
+    name: tyro.conf.Positional[str],
+    /,
+    file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> None:
+    """Make a recorded run of a released checkpoint (see `repro.official`).
+
+    Args:
+        name: Of the checkpoint: minsnr-vit-l-imagenet64, adm-imagenet64-unet, adm-imagenet64-classifier.
+        file: The released file, where it is here already; by default it is downloaded.
+    """
+    from repro import official
+
+    folder = official.import_checkpoint(name, file)
+    print(f"recorded in {folder}, which git ignores; to draw its samples (a GPU is of use):")
+    print(f"  {PROG} sample {official.checkpoint(name).config.name} --record")
+
+
 def render(
     ids: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
@@ -439,6 +457,7 @@ def main(arguments: list[str] | None = None) -> int:
                 **usages,
                 "train-all": train_all,
                 "gradients": gradients,
+                "import": import_,
                 "render": render,
                 "presets": presets,
             }

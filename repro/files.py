@@ -84,6 +84,17 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path: str | Path) -> dict:
+    """The JSON object in a file; raises `ReproError` where it is missing or no such thing."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ReproError(f"{path} cannot be read: {error}. Restore it, or remove it.") from error
+    if not isinstance(values, dict):
+        raise ReproError(f"{path} holds no JSON object. Restore it, or remove it.")
+    return values
+
+
 def append_line(path: str | Path, values: dict) -> None:
     """Append `values` as one line of JSON; NaN is an error."""
     path = Path(path)

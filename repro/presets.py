@@ -257,7 +257,7 @@ _lab_ugd = replace(
 _lab_ugd_ridge = replace(
     _lab_ugd,
     name="lab/imagenet64-ugd-ridge",
-    weight=replace(_lab_ugd.weight, ridge=0.1),
+    weight=replace(_lab_ugd.weight, ridge=1.0),
     record_weights=False,
     note="Beside lab/imagenet64-ugd, to be trained on the same GPU: the same, with a cost of uneven weights, "
     "which is ours. Its weights are not recorded.",
@@ -450,6 +450,21 @@ _lab_imagenet64_unet = replace(
     note="Figure 11 at lab scale: a small ADM UNet on 17,494 images of 20 classes. Ours: all sizes and "
     "lengths, learning rate, and where sampling starts.",
 )
+
+_latents = Data("imagenet256-latents", resolution=32, channels=4, classes=1000)
+"""ImageNet 256 x 256 by an autoencoder that makes 4 x 32 x 32 of an image, as LDM's (Rombach et al. 2022)."""
+
+TABLE_1 = {
+    "ViT-Small": (ViT(patch=4, width=512, depth=13, heads=8), Data("celeba64")),
+    "ViT-Base": (ViT(patch=2, width=768, depth=12, heads=12), _latents),
+    "ViT-Large": (_paper_imagenet64_vit.model, _paper_imagenet64_vit.data),
+    "ViT-XL": (ViT(patch=2, width=1152, depth=28, heads=16), _latents),
+}
+"""The ViTs of the supplement's Table 1, each with data that it is used on; ViT-Small with the 8 heads of
+U-ViT-S (Bao et al. 2022), since the table's 6 do not divide its width."""
+
+ABLATION_UNET = (UNet(channels=192, multipliers=(1, 2, 2, 2), blocks=3, attention=(8, 16), heads=4), _latents)
+"""The UNet of the supplement's section 3.1 for ablations, with data."""
 
 PRESETS: dict[str, Config] = {
     preset.name: preset

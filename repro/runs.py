@@ -124,6 +124,9 @@ class Record:
     samples: Samples | None = None
     further_samples: tuple[Samples, ...] = ()
     """Images of the same weights drawn in other ways, one file each."""
+    imported: dict[str, str | int] | None = None
+    """Address, size and SHA-256 of the file of others that the weights come from, where they were not trained
+    here (`repro.official`): what is said above of a training, images too, is then not known."""
     earlier: tuple[Session, ...] = ()
     """Parts of a resumed training that ran elsewhere or by other code; above stands the last one."""
     first_image: int = 0
@@ -422,8 +425,8 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether the recorded weights have seen all images that were planned."""
-        return self.record.images >= self.config.train.images
+        """Whether the recorded weights have seen all images that were planned, or come from others."""
+        return self.record.imported is not None or self.record.images >= self.config.train.images
 
 
 def root_folder(root: str | Path | None = None) -> Path:
@@ -516,31 +519,35 @@ def weights_stem(ema: float | None) -> str:
 
 
 def save_weights(
-    path: Path, state: dict[str, torch.Tensor], run: config.Config, ema: float | None = None
+    path: Path,
+    state: dict[str, torch.Tensor],
+    run: config.Config,
+    ema: float | None = None,
+    dtype: torch.dtype = torch.float16,
+    limit: int | None = None,
 ) -> dict[str, str]:
-    """Write `state` as float16 safetensors files of at most 15 MiB, and return the SHA-256 of each.
+    """Write `state` as safetensors files of at most `limit` bytes, and return the SHA-256 of each.
 
     The configuration is in each header, so that the weights alone can be used. The files of the same average
     that were there are replaced, or removed, only when all new ones are whole. ema: half-life in images of a
-    further average; none for the main one. Raises `ReproError` for a tensor that is too large for a file, or
-    not finite in float16.
+    further average; none for the main one. dtype: of what is written. limit: by default 15 MiB; a tensor that
+    is larger has a file to itself. Raises `ReproError` for a tensor that is not finite in that type.
     """
     shards: list[dict[str, torch.Tensor]] = [{}]
-    size, room = 0, SHARD_BYTES - 2**17  # besides the header
+    size, room = 0, (limit or SHARD_BYTES) - 2**17  # besides the header
     for name in sorted(state):
         # channels-last strides are a property of the device, not of the record
-        tensor = (
-            state[name].detach().to("cpu", torch.float16).contiguous(memory_format=torch.contiguous_format)
-        )
-        if tensor.numel() * 2 > room:
-            raise ReproError(f"the tensor {name} alone exceeds {room} bytes; it cannot be recorded")
+        tensor = state[name].detach().to("cpu", dtype).contiguous(memory_format=torch.contiguous_format)
         if not torch.isfinite(tensor).all():
-            raise ReproError(f"the tensor {name} is not finite in float16; the run cannot be recorded")
-        if size + tensor.numel() * 2 > room:
+            raise ReproError(
+                f"the tensor {name} is not finite in {str(dtype).removeprefix('torch.')}; the run cannot be "
+                f"recorded"
+            )
+        if shards[-1] and size + tensor.nbytes > room:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += tensor.numel() * 2
+        size += tensor.nbytes
     header = {"config": json.dumps(config.to_json(run))}  # one entry: safetensors writes several in any order
     hashes = {}
     path.mkdir(parents=True, exist_ok=True)

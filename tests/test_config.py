@@ -165,7 +165,7 @@ def test_the_runs_of_figure_8_are_arms_of_figure_1_and_differ_in_the_weight_alon
     for run in beside:
         assert set(runs.differences(ugd, run)) <= {"name", "note", "record_weights", "weight.ridge", *weight}
         assert not run.record_weights and "not recorded" in run.note
-    ridged = dataclasses.replace(ugd.weight, ridge=0.1)
+    ridged = dataclasses.replace(ugd.weight, ridge=1.0)
     assert [run.weight for run in beside] == [ridged, arm.weight, config.Weight("constant")]
 
 

@@ -502,6 +502,30 @@ def test_the_cost_of_ugd_and_what_bounds_it_are_those_of_the_measurement(tmp_pat
     assert values["paper"]["ugd_seconds"] / values["paper"]["minsnr_seconds"] == pytest.approx(990)
 
 
+def test_parameters_of_table_1_follow_from_layers_and_widths():
+    """Counted by hand: key, query and value of which the key has no bias, MLPs of ratio 4, no last norm."""
+    values = json.loads((COMMITTED / "values" / "table1_architectures.json").read_text())["values"]
+    for name, printed in values["paper"]["vits"].items():
+        model, data = presets.TABLE_1[name]
+        d, patch = printed["width"], model.patch**2 * data.channels
+        block = 12 * d * d + (2 + 1 + 5 + 4) * d  # weights; biases of query and value, projection, MLP, norms
+        tokens = (data.resolution // model.patch) ** 2 + (2 if data.classes else 1)
+        ends = patch * d + d + d * patch + patch  # in and out
+        for time in (1000, 4000):
+            for classes in {data.classes, 0}:
+                rows = (
+                    tokens
+                    - (1 if data.classes and not classes else 0)
+                    + time
+                    + (classes + 1 if classes else 0)
+                )
+                key = f"{time} timesteps, {'classes' if classes else 'no classes'}"
+                found = values["vits"][name]["counts"][key]
+                assert found == printed["layers"] * block + ends + rows * d
+                by_table = round(found / 1e6) == printed["millions"]
+                assert by_table == (time == 4000 and not classes)  # what Table 1 counts
+
+
 def test_notebooks_hold_no_outputs_functions_or_classes():
     for path in sorted((provenance.ROOT / "notebooks").glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)

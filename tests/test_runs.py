@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from repro import config, files, runs, train
 from repro.files import ReproError
@@ -77,17 +78,21 @@ def test_shards_keep_to_their_size_and_carry_the_configuration(root):
 
 
 @pytest.mark.parametrize("over", [0, 1])
-def test_a_tensor_has_a_file_to_itself_or_is_refused(tmp_path, monkeypatch, over):
+def test_a_tensor_that_fills_a_file_or_more_has_one_to_itself(tmp_path, monkeypatch, over):
     """The largest that fits leaves the header its place, and no file is empty."""
     monkeypatch.setattr(runs, "SHARD_BYTES", SMALL)
-    state = {"a": torch.zeros((SMALL - 2**17) // 2 + over)}
-    if over:
-        with pytest.raises(ReproError, match="the tensor a alone exceeds"):
-            runs.save_weights(tmp_path, state, RUN)
-        assert list(tmp_path.iterdir()) == []
-    else:
-        (name,) = runs.save_weights(tmp_path, state, RUN)
-        assert (tmp_path / name).stat().st_size <= SMALL
+    state = {"a": torch.ones(3), "b": torch.zeros((SMALL - 2**17) // 2 + over), "c": torch.ones(3)}
+    names = list(runs.save_weights(tmp_path, state, RUN))
+    assert [list(load_file(tmp_path / name)) for name in names] == [["a"], ["b"], ["c"]]
+    assert ((tmp_path / names[1]).stat().st_size <= SMALL) or over
+
+
+def test_weights_are_kept_in_another_type_and_larger_files_where_asked_for(tmp_path):
+    state = {"a": torch.tensor([1 / 3]), "b": torch.zeros(9_000_000)}
+    (name,) = runs.save_weights(tmp_path, state, RUN, dtype=torch.float32, limit=2**30)
+    assert torch.equal(load_file(tmp_path / name)["a"], state["a"])
+    with pytest.raises(ReproError, match="the tensor a is not finite in float16"):
+        runs.save_weights(tmp_path, {"a": torch.tensor([1e6])}, RUN)
 
 
 def test_fewer_shards_replace_more(root):

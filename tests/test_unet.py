@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repro import config
+from repro import config, presets
 from repro.models.norm import GroupNorm
 from repro.models.unet import (
     ADMUNet,
@@ -104,8 +104,10 @@ def test_parameter_count_of_the_released_adm_network():
 def test_the_ablation_network_is_larger_than_the_88m_of_vit_base(
     scale_shift_norm, resample_in_blocks, millions
 ):
-    model = config.UNet(scale_shift_norm=scale_shift_norm, resample_in_blocks=resample_in_blocks)
-    assert round(count(on_meta(model, 32, 4, classes=1000)) / 1e6) == millions
+    how = {"scale_shift_norm": scale_shift_norm, "resample_in_blocks": resample_in_blocks}
+    model, data = presets.ABLATION_UNET
+    net = on_meta(dataclasses.replace(model, **how), data.resolution, data.channels, data.classes)
+    assert round(count(net) / 1e6) == millions
 
 
 # Group norm

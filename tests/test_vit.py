@@ -15,19 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repro import config
+from repro import config, presets
 from repro.files import ReproError
 from repro.models.vit import ViT, unpatchify
 
 RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
 
-# Table 1 of the supplement (ViT-Small with the 8 heads of U-ViT-S: 512 is not divisible by the printed 6).
-SIZES = {
-    "ViT-Small": (config.ViT(patch=4, width=512, depth=13, heads=8), 64, 3),
-    "ViT-Base": (config.ViT(patch=2, width=768, depth=12, heads=12), 32, 4),
-    "ViT-Large": (config.ViT(patch=4, width=1024, depth=21, heads=16), 64, 3),
-    "ViT-XL": (config.ViT(patch=2, width=1152, depth=28, heads=16), 32, 4),
-}
+SIZES = {name: (model, data.resolution, data.channels) for name, (model, data) in presets.TABLE_1.items()}
 
 TINY = config.ViT(patch=2, width=24, depth=3, heads=3, time_rows=20)
 

@@ -1,0 +1,280 @@
+"""Released checkpoints of others as recorded runs: `python -m repro import NAME`.
+
+The files' tensors are renamed to ours, and nothing else: they are recorded in float32 as they are, so that
+what a network computes is what its authors' does. What each file holds is known by name and shape; anything
+else is refused. Files are read with `torch.load(weights_only=True)`, which runs no code of theirs.
+"""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from repro import config, files, presets, provenance, runs
+from repro.files import ReproError
+
+RELEASED = provenance.ROOT / "paper" / "released.json"
+"""Address, size and SHA-256 of each file as it was first seen (none is published); later ones must be the
+same."""
+
+MIN_SNR = "https://github.com/TiankaiHang/Min-SNR-Diffusion-Training/releases/download/v0.0.0/"
+ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A released file, and the run that it becomes."""
+
+    url: str
+    config: config.Config
+    rename: Callable[[str], str]
+    """What a tensor of our network is called in the file."""
+    heads_within: bool = False
+    """Whether attention layers of the file's UNet order their outputs by q, k and v first, then by heads."""
+
+    @property
+    def file(self) -> str:
+        """The file's name."""
+        return self.url.rsplit("/", 1)[1]
+
+
+def same_name(name: str) -> str:
+    """The ViT of the Min-SNR authors has the names of ours."""
+    return name
+
+
+def adm_name(name: str) -> str:
+    """What guided-diffusion calls a tensor of `models.unet.ADMUNet` or `models.unet.NoisyClassifier`.
+
+    There the first convolution counts as a block of the way down.
+    """
+    for ours, theirs in (
+        (r"^time_in\.", "time_embed.0."),
+        (r"^time_out\.", "time_embed.2."),
+        (r"^label_table\.", "label_emb."),
+        (r"^conv_in\.", "input_blocks.0.0."),
+        (r"^norm_out\.", "out.0."),
+        (r"^conv_out\.", "out.2."),
+        (r"^pool\.position$", "out.2.positional_embedding"),
+        (r"^pool\.qkv\.", "out.2.qkv_proj."),
+        (r"^pool\.proj\.", "out.2.c_proj."),
+    ):
+        if re.search(ours, name):
+            return re.sub(ours, theirs, name)
+    match = re.fullmatch(r"(encoder|middle|decoder)\.(.+)", name)
+    if not match:
+        raise ReproError(f"{name} is no tensor of ADM's networks")
+    part, rest = match.groups()
+    if part == "encoder":
+        number, rest = rest.split(".", 1)
+        rest = f"{int(number) + 1}.{rest}"
+    block = {"encoder": "input_blocks", "middle": "middle_block", "decoder": "output_blocks"}[part]
+    for ours, theirs in (
+        (".norm_in.", ".in_layers.0."),
+        (".conv_in.", ".in_layers.2."),
+        (".emb.", ".emb_layers.1."),
+        (".norm_out.", ".out_layers.0."),
+        (".conv_out.", ".out_layers.3."),
+        (".skip.", ".skip_connection."),
+        (".proj.", ".proj_out."),
+        (".conv.", ".op." if part == "encoder" else ".conv."),
+    ):
+        rest = rest.replace(ours, theirs)
+    return f"{block}.{rest}"
+
+
+def _released(preset: str, name: str, note: str, **changes: object) -> config.Config:
+    return replace(presets.preset(preset), name=f"paper/{name}", note=note, **changes)
+
+
+_unet = presets.preset("paper/imagenet64-unet")
+CHECKPOINTS = {
+    "minsnr-vit-l-imagenet64": Checkpoint(
+        MIN_SNR + "ema_0.9999_large.pt",
+        _released(
+            "paper/imagenet64-vit",
+            "minsnr-vit-l-imagenet64",
+            "The Min-SNR authors' released ViT-L of Figure 10 (release v0.0.0 of their repository), by 20 "
+            "steps of Heun under guidance 1.5. How many images it saw is not published.",
+        ),
+        same_name,
+    ),
+    "adm-imagenet64-unet": Checkpoint(
+        ADM + "64x64_diffusion.pt",
+        _released(
+            "paper/imagenet64-unet",
+            "adm-imagenet64-unet",
+            "ADM's released network for ImageNet 64 x 64 (Dhariwal and Nichol 2021), without the half of its "
+            "output that predicts a variance; trained on the simple loss in epsilon. How many images it saw "
+            "is not told by the file.",
+            model=replace(_unet.model, null_class=False),
+            train=replace(_unet.train, label_drop=0.0),
+            weight=config.Weight("constant"),
+            sample=config.Sample(
+                "ancestral",
+                eta=1.0,
+                steps=250,
+                grid="uniform",
+                clip=True,
+                classifier="paper/adm-imagenet64-classifier",
+                classifier_scale=1.0,
+            ),
+        ),
+        adm_name,
+        heads_within=True,
+    ),
+    "adm-imagenet64-classifier": Checkpoint(
+        ADM + "64x64_classifier.pt",
+        _released(
+            "paper/imagenet64-classifier",
+            "adm-imagenet64-classifier",
+            "ADM's released noisy classifier for ImageNet 64 x 64 (Dhariwal and Nichol 2021).",
+        ),
+        adm_name,
+    ),
+}
+"""By name: the files that Figures 1, 10 and 11 need. A run of each is `paper/<name>`."""
+
+
+def checkpoint(name: str) -> Checkpoint:
+    """The released checkpoint of that name; raises `ReproError` with the known ones for any other."""
+    if name not in CHECKPOINTS:
+        near = difflib.get_close_matches(name, CHECKPOINTS, n=1, cutoff=0.5)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise ReproError(
+            f"there is no released checkpoint {name!r}. {hint}Known are {', '.join(CHECKPOINTS)}"
+        )
+    return CHECKPOINTS[name]
+
+
+def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
+    """Make a recorded run of a released checkpoint; returns its folder.
+
+    file: the released file; by default it is downloaded, once. Nothing is written where it is not the file
+    that it should be. Raises `ReproError` for an unknown name, a run that is there already, and a file that
+    is missing, damaged, of other content than before, or that holds other tensors, or more than tensors.
+    """
+    known = checkpoint(name)
+    out = runs.root_folder() / known.config.name
+    if (out / "run.json").exists():
+        raise ReproError(f"{out} is there already; remove the folder to import {name} anew")
+    path = download(known) if file is None else Path(file)
+    if not path.is_file():
+        raise ReproError(f"there is no file {path}; leave out --file to download {known.url}")
+    seen = {"url": known.url, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    recorded = files.read_json(RELEASED) if RELEASED.exists() else {}
+    if recorded.get(known.file, seen) != seen:
+        raise ReproError(
+            f"{path} is not the {known.file} that was imported before: {seen['bytes']:,} bytes of SHA-256 "
+            f"{seen['sha256'][:16]}…, {RELEASED} says {recorded[known.file]['bytes']:,} of "
+            f"{recorded[known.file]['sha256'][:16]}…. Download it again."
+        )
+    with torch.device("meta"):
+        wanted = {key: tuple(tensor.shape) for key, tensor in runs.network(known.config).state_dict().items()}
+    state = translated(read_tensors(path), wanted, known, path)
+    with files.lock(out):
+        hashes = runs.save_weights(out, state, known.config, dtype=torch.float32, limit=LARGEST)
+        record = runs.Record(
+            config=known.config,
+            data=runs.DataUsed(known.config.data.name, "unknown", 0, 0, 0),
+            images=0,
+            seconds=0.0,
+            device="unknown",
+            processes=0,
+            versions={},
+            commit="unknown",
+            code=provenance.code_version("import repro.official"),
+            parameters=sum(tensor.numel() for tensor in state.values()),
+            weights=hashes,
+            imported=seen,
+        )
+        runs.write_record(out, record)
+    if known.file not in recorded:
+        files.write_json(RELEASED, recorded | {known.file: seen})
+    return out
+
+
+LARGEST = 2**30
+"""Bytes of a file of imported weights, which are not kept in git."""
+
+
+def download(known: Checkpoint) -> Path:
+    """The released file, from the user's cache or its address; raises `ReproError` where it cannot be had."""
+    import pooch
+
+    try:
+        return Path(pooch.retrieve(known.url, None, fname=known.file, path=pooch.os_cache("repro")))
+    except Exception as error:  # pooch passes on whatever requests and urllib raise
+        raise ReproError(
+            f"{known.file} could not be downloaded ({type(error).__name__}). Fetch {known.url} on a machine "
+            f"with internet access and give the file with --file."
+        ) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `torch.save` wrote of a state dict, by name.
+
+    Raises `ReproError` where it cannot be read, or holds anything else.
+    """
+    again = "Download it again."
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ReproError(
+            f"{path} is refused: it is damaged, or holds more than tensors, which could run code. {again}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ReproError(
+            f"{path} is no whole file of torch.save ({type(error).__name__}). {again}"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ReproError(f"{path} holds no plain state dict of tensors. {again}")
+    return state
+
+
+def translated(
+    state: dict[str, Tensor], wanted: dict[str, tuple[int, ...]], known: Checkpoint, path: Path
+) -> dict[str, Tensor]:
+    """The file's tensors by our names, in float32, of the shapes that are wanted.
+
+    Only the first rows are taken of a longer table of timesteps, and of an output that predicts a variance
+    too; products with one pixel become products. Raises `ReproError` for tensors that are missing, too many,
+    of another shape, or not finite.
+    """
+    theirs = {name: known.rename(name) for name in wanted}
+    missing = [name for name in theirs.values() if name not in state]
+    more = sorted(set(state) - set(theirs.values()))
+    if missing or more:
+        told = [f"{len(names)} {what} ({names[0]}, ...)" for what, names in
+                (("missing", missing), ("unknown", more)) if names]  # fmt: skip
+        raise ReproError(f"{path} is another network's: of its tensors {' and '.join(told)}")
+    found = {}
+    for name, shape in wanted.items():
+        tensor = state[theirs[name]].float()
+        if tensor.ndim == len(shape) + 1 and tensor.shape[-1] == 1:
+            tensor = tensor[..., 0]
+        if name.startswith(("time_embedding.", "conv_out.")) and tensor.shape[0] > shape[0]:
+            tensor = tensor[: shape[0]]
+        if tuple(tensor.shape) != shape:
+            raise ReproError(
+                f"{path} is another network's: {theirs[name]} is of shape "
+                f"{tuple(state[theirs[name]].shape)}, not {shape}"
+            )
+        if not torch.isfinite(tensor).all():
+            raise ReproError(f"{path}: the tensor {theirs[name]} is not finite. Download it again.")
+        if known.heads_within and ".qkv." in name:
+            heads = _heads(known.config.model, shape[0] // 3)
+            tensor = tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
+        found[name] = tensor.contiguous()
+    return found
+
+
+def _heads(model: config.UNet | config.NoisyClassifier, channels: int) -> int:
+    return model.heads or channels // model.head_channels
