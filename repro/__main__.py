@@ -244,8 +244,8 @@ class EvaluateOptions:
 
 def evaluate(name: str, arguments: list[str]) -> None:
     """Measure a recorded run: evaluate RUN [--evaluate.samples 10000 --sample.steps 30 ...]."""
+    from repro import data, files, runs
     from repro import evaluate as evaluation
-    from repro import files, runs
     from repro import train as training
 
     recorded = runs.load_run(name)
@@ -263,6 +263,9 @@ def evaluate(name: str, arguments: list[str]) -> None:
     denoiser = recorded.denoiser(place.device, average)
     if options.compile:
         denoiser.net = runs.compiled(denoiser.net)
+    fingerprint = recorded.record.data.fingerprint
+    if recorded.record.imported:  # of what they were trained on nothing is recorded: by the images here
+        fingerprint = data.load(recorded.config.data.name).manifest["fingerprint"]
     fits = min(options.batch, options.evaluate.samples)
     network = evaluation.feature_network(options.evaluate.features, place.device)
     first, samples = options.evaluate.first_seed, options.evaluate.samples
@@ -271,7 +274,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
         lines = evaluation.evaluate(
             denoiser,
             replace(recorded.config, sample=how, evaluate=block),
-            recorded.record.data.fingerprint,
+            fingerprint,
             recorded.record.images,
             place.device,
             options.precision,
@@ -371,8 +374,12 @@ def import_(
     from repro import official
 
     folder = official.import_checkpoint(name, file)
-    print(f"recorded in {folder}, which git ignores; to draw its samples (a GPU is of use):")
-    print(f"  {PROG} sample {official.checkpoint(name).config.name} --record")
+    print(f"recorded in {folder}; git ignores its weights")
+    run = official.checkpoint(name).config
+    if run.sample.classifier and run.model.kind != "classifier":
+        print(f"its samples are guided by another: {PROG} import {run.sample.classifier.split('/')[1]}")
+    if run.model.kind != "classifier":
+        print(f"to draw its samples (a GPU is of use): {PROG} sample {run.name} --record")
 
 
 def render(

@@ -102,7 +102,8 @@ CHECKPOINTS = {
             "paper/imagenet64-vit",
             "minsnr-vit-l-imagenet64",
             "The Min-SNR authors' released ViT-L of Figure 10 (release v0.0.0 of their repository), by 20 "
-            "steps of Heun under guidance 1.5. How many images it saw is not published.",
+            "steps of Heun under guidance 1.5. Options of training are not theirs; how many images it saw is "
+            "not published.",
         ),
         same_name,
     ),
@@ -112,8 +113,8 @@ CHECKPOINTS = {
             "paper/imagenet64-unet",
             "adm-imagenet64-unet",
             "ADM's released network for ImageNet 64 x 64 (Dhariwal and Nichol 2021), without the half of its "
-            "output that predicts a variance; trained on the simple loss in epsilon. How many images it saw "
-            "is not told by the file.",
+            "output that predicts a variance: sampled with the smaller of the fixed ones, not the learned "
+            "one that ADM takes. Options of training are not theirs.",
             model=replace(_unet.model, null_class=False),
             train=replace(_unet.train, label_drop=0.0),
             weight=config.Weight("constant"),
@@ -135,7 +136,8 @@ CHECKPOINTS = {
         _released(
             "paper/imagenet64-classifier",
             "adm-imagenet64-classifier",
-            "ADM's released noisy classifier for ImageNet 64 x 64 (Dhariwal and Nichol 2021).",
+            "ADM's released noisy classifier for ImageNet 64 x 64 (Dhariwal and Nichol 2021). Options of "
+            "training are not theirs.",
         ),
         adm_name,
     ),
@@ -158,29 +160,41 @@ def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
     """Make a recorded run of a released checkpoint; returns its folder.
 
     file: the released file; by default it is downloaded, once. Nothing is written where it is not the file
-    that it should be. Raises `ReproError` for an unknown name, a run that is there already, and a file that
+    that it should be. Of a run that is there without its weights (git keeps none) they are restored.
+
+    Raises `ReproError` for an unknown name, a run that is there already, and a file that
     is missing, damaged, of other content than before, or that holds other tensors, or more than tensors.
     """
     known = checkpoint(name)
     out = runs.root_folder() / known.config.name
-    if (out / "run.json").exists():
+    there = runs.load_run(out) if (out / "run.json").exists() else None
+    if there and all((out / weights).exists() for weights in there.record.weights):
         raise ReproError(f"{out} is there already; remove the folder to import {name} anew")
     path = download(known) if file is None else Path(file)
     if not path.is_file():
         raise ReproError(f"there is no file {path}; leave out --file to download {known.url}")
     seen = {"url": known.url, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    recorded = files.read_json(RELEASED) if RELEASED.exists() else {}
-    if recorded.get(known.file, seen) != seen:
-        raise ReproError(
-            f"{path} is not the {known.file} that was imported before: {seen['bytes']:,} bytes of SHA-256 "
-            f"{seen['sha256'][:16]}…, {RELEASED} says {recorded[known.file]['bytes']:,} of "
-            f"{recorded[known.file]['sha256'][:16]}…. Download it again."
-        )
+    for before in (first_seen().get(known.file, seen), (there and there.record.imported) or seen):
+        if before != seen:
+            raise ReproError(
+                f"{path} is not the {known.file} that was imported before: {seen['bytes']:,} bytes of "
+                f"SHA-256 {seen['sha256'][:16]}…, not {before['bytes']:,} of {before['sha256'][:16]}…. "
+                f"Download it again."
+            )
     with torch.device("meta"):
         wanted = {key: tuple(tensor.shape) for key, tensor in runs.network(known.config).state_dict().items()}
-    state = translated(read_tensors(path), wanted, known, path)
+    try:
+        state = translated(read_tensors(path), wanted, known, path)
+    except ReproError:
+        if file is None:
+            path.unlink()  # or it would be taken from the cache again
+        raise
     with files.lock(out):
+        files.remove_partial(out)
         hashes = runs.save_weights(out, state, known.config, dtype=torch.float32, limit=LARGEST)
+        files.write_json(RELEASED, first_seen() | {known.file: seen})
+        if there and there.record.weights == hashes:  # a clone of a record: samples and metrics stay
+            return out
         record = runs.Record(
             config=known.config,
             data=runs.DataUsed(known.config.data.name, "unknown", 0, 0, 0),
@@ -196,9 +210,12 @@ def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
             imported=seen,
         )
         runs.write_record(out, record)
-    if known.file not in recorded:
-        files.write_json(RELEASED, recorded | {known.file: seen})
     return out
+
+
+def first_seen() -> dict[str, dict]:
+    """What `RELEASED` holds; nothing where it is not there yet."""
+    return files.read_json(RELEASED) if RELEASED.exists() else {}
 
 
 LARGEST = 2**30
@@ -210,7 +227,12 @@ def download(known: Checkpoint) -> Path:
     import pooch
 
     try:
-        return Path(pooch.retrieve(known.url, None, fname=known.file, path=pooch.os_cache("repro")))
+        sha256 = first_seen().get(known.file, {}).get("sha256")
+        return Path(
+            pooch.retrieve(
+                known.url, sha256 and f"sha256:{sha256}", fname=known.file, path=pooch.os_cache("repro")
+            )
+        )
     except Exception as error:  # pooch passes on whatever requests and urllib raise
         raise ReproError(
             f"{known.file} could not be downloaded ({type(error).__name__}). Fetch {known.url} on a machine "
@@ -230,11 +252,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise ReproError(
             f"{path} is refused: it is damaged, or holds more than tensors, which could run code. {again}"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # torch raises whatever a damaged file leads it to
         raise ReproError(
             f"{path} is no whole file of torch.save ({type(error).__name__}). {again}"
         ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    plain = isinstance(state, dict) and all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    )
+    if not plain:
         raise ReproError(f"{path} holds no plain state dict of tensors. {again}")
     return state
 
@@ -260,7 +285,8 @@ def translated(
         tensor = state[theirs[name]].float()
         if tensor.ndim == len(shape) + 1 and tensor.shape[-1] == 1:
             tensor = tensor[..., 0]
-        if name.startswith(("time_embedding.", "conv_out.")) and tensor.shape[0] > shape[0]:
+        longer = {"time_embedding.weight": 4000, "conv_out.weight": 6, "conv_out.bias": 6}.get(name)
+        if len(tensor) == longer:  # the released tables, and a variance for each of 3 channels
             tensor = tensor[: shape[0]]
         if tuple(tensor.shape) != shape:
             raise ReproError(

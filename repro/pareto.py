@@ -185,9 +185,10 @@ def exact(gram: Float[Tensor, "T T"]) -> Combination:
 def ridged(gram: Float[Tensor, "T T"], ridge: float) -> Combination:
     """The combination whose squared length plus ridge * m * |w|^2 is least, m the gradients' mean square.
 
-    Ours: at the minimum of `exact` most weights are 0 where gradients are of very different lengths, and
-    levels of weight 0 are not trained. The larger the ridge, the more even the weights; 0 is `exact`. Raises
-    `ReproError` for a ridge that is negative or not finite.
+    Ours: at the minimum of `exact` most weights are 0 where gradients agree and are of very different
+    lengths, and levels of weight 0 are not trained. The larger the ridge, the more even the weights, and the
+    less is left of Theorem 1: a level's loss may then rise. 0 is `exact`. Raises `ReproError` for a ridge
+    that is negative or not finite.
     """
     if not 0 <= ridge < math.inf:
         raise ReproError(f"a ridge is at least 0 and finite, not {ridge}")

@@ -260,7 +260,8 @@ _lab_ugd_ridge = replace(
     weight=replace(_lab_ugd.weight, ridge=1.0),
     record_weights=False,
     note="Beside lab/imagenet64-ugd, to be trained on the same GPU: the same, with a cost of uneven weights, "
-    "which is ours. Its weights are not recorded.",
+    "which is ours; as large as it takes for most bins of recorded arms to have a weight. Its weights are "
+    "not recorded.",
 )
 
 

@@ -126,7 +126,8 @@ class Record:
     """Images of the same weights drawn in other ways, one file each."""
     imported: dict[str, str | int] | None = None
     """Address, size and SHA-256 of the file of others that the weights come from, where they were not trained
-    here (`repro.official`): what is said above of a training, images too, is then not known."""
+    here (`repro.official`): then images and all else that is said of a training, in the configuration too, is
+    not known."""
     earlier: tuple[Session, ...] = ()
     """Parts of a resumed training that ran elsewhere or by other code; above stands the last one."""
     first_image: int = 0
@@ -205,9 +206,12 @@ class Run:
         for name, recorded in recorded_files.items():
             path = self.path / name
             if not path.exists():
+                again = "git checkout, or copy the run folder again"
+                if self.record.imported:
+                    again = f"python -m repro import {self.config.name.split('/')[1]}"
                 raise ReproError(
                     f"{path} is missing: {self.name} needs all of {', '.join(recorded_files)}. "
-                    f"Restore it (git checkout, or copy the run folder again)."
+                    f"Restore it ({again})."
                 )
             if (found := files.sha256(path)) != recorded:
                 raise ReproError(

@@ -378,7 +378,9 @@ class Trainer:
         return self._replay(given) if self.graphs else self._update(*given)
 
     def balance(self, y: Float[Tensor, "n c h w"], labels: Int[Tensor, " n"] | None) -> None:
-        """Give the bins of a weight `ugd` the weights of Theorem 1, by the first images of process 0's batch.
+        """Give the bins of a weight `ugd` Theorem 1's weights (or, with a ridge, more even ones).
+
+        By the first images of process 0's batch.
 
         Of losses in x0, scaled to a mean of 1. By the network itself, not its average, without dropout,
         dropped labels and mirrored images.
@@ -560,9 +562,14 @@ class Trainer:
 def check_goes_on(recorded: runs.Run, run: config.Config, fingerprint: str) -> None:
     """Raise `ReproError` where `run` cannot go on from a recorded run's weights.
 
-    That is where settings differ (but for the name, and what may always change), or the pixels, or the
-    recorded weights are not whole.
+    That is where settings differ (but for the name, and what may always change), or the pixels, the recorded
+    weights are not whole, or have seen as many images as are asked for, or others trained them.
     """
+    if recorded.record.imported:
+        raise ReproError(
+            f"{recorded.name} was trained by others, in ways that its record does not hold: there is no "
+            f"training that could go on. Leave out --from-weights."
+        )
     if changed := [name for name in unlike(recorded.config, run) if name != "name"]:
         raise ReproError(
             f"{recorded.name} was recorded with other settings ({', '.join(changed)}): its training can only "
@@ -572,6 +579,11 @@ def check_goes_on(recorded: runs.Run, run: config.Config, fingerprint: str) -> N
         raise ReproError(
             f"{recorded.name} was trained on other pixels than the prepared {run.data.name} ({theirs[:8]} "
             f"against {fingerprint[:8]}). Prepare the same images, or leave out --from-weights."
+        )
+    if (seen := recorded.record.images) >= run.train.images:
+        raise ReproError(
+            f"{recorded.name} has seen {seen:,} images, and {run.train.images:,} are asked for: ask for "
+            f"more, with --train.images"
         )
     recorded.weights()
 
@@ -590,7 +602,8 @@ def train(
     (weights, samples, metrics), so that a run that is never finished is still a recorded run.
     grid: rows and columns of samples.png, sample seeds 0, 1, ... minutes: stop after as many, measure
     and record; the same call goes on from there. from_weights: a recorded run: where `out` has no state,
-    go on from its weights (see `Trainer.load_weights`), log and metrics. The learning rate warms up again.
+    go on from its weights (see `Trainer.load_weights`), log and metrics. The learning rate warms up again,
+    where it does at all.
 
     Raises `ReproError` for a data set that is not prepared or does not fit, a batch that does not
     divide among the processes, a state of other settings, and a loss that is not finite.
@@ -919,6 +932,7 @@ def copy_lines(source: Path, out: Path) -> None:
     """Copy the log and the metrics of a recorded run's folder into `out`."""
     try:
         for name in ("log.jsonl", "metrics.jsonl"):
+            (out / name).unlink(missing_ok=True)  # of a training that was killed before its first state
             if (source / name).exists():
                 shutil.copyfile(source / name, out / name)
     except OSError as error:

@@ -12,16 +12,12 @@ import torch
 import torch.nn.functional as F
 from test_vit import numpy_vit
 
-from repro import __main__, config, files, official, presets, provenance, render, runs
+from repro import __main__, config, files, official, presets, provenance, render, runs, train
 from repro.files import ReproError
 from repro.models.vit import ViT
 
-FACTS = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
-KEYS = {
-    "minsnr-vit-l-imagenet64": "minsnr-vit-l-imagenet64 (ema_0.9999_large.pt)",
-    "adm-imagenet64-unet": "adm-imagenet64-unet (64x64_diffusion.pt)",
-    "adm-imagenet64-classifier": "adm-imagenet64-classifier (64x64_classifier.pt)",
-}
+LISTED = json.loads((Path(__file__).parent / "released_tensors.json").read_text())
+"""Names and shapes of the tensors of the real files, by checkpoint."""
 
 DATA = config.Data("imagenet64", resolution=8, classes=5)
 SMALL = {
@@ -84,11 +80,9 @@ def released(folder, name):
 # The real files -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", KEYS)
+@pytest.mark.parametrize("name", official.CHECKPOINTS)
 def test_every_tensor_of_the_real_file_has_its_place(name):
-    if not FACTS.exists():
-        pytest.skip(f"the list of released tensors is not here ({FACTS.name})")
-    listed = json.loads(FACTS.read_text())[KEYS[name]]["state_dict"]
+    listed = {key: tuple(map(int, shape.split("x"))) for key, shape in LISTED[name].items()}
     known = official.CHECKPOINTS[name]
     with torch.device("meta"):
         state = {key: torch.empty(shape) for key, shape in listed.items()}
@@ -103,7 +97,7 @@ def test_every_tensor_of_the_real_file_has_its_place(name):
     assert {key: tuple(t.shape) for key, t in found.items()} == wanted
 
 
-def test_runs_of_released_checkpoints_are_sampled_as_their_authors_do():
+def test_the_vit_is_sampled_as_its_authors_do_and_adm_is_guided_by_its_classifier():
     vit, unet = (official.CHECKPOINTS[n].config for n in ("minsnr-vit-l-imagenet64", "adm-imagenet64-unet"))
     assert (vit.sample.sampler, vit.sample.steps, vit.sample.guidance) == ("heun", 20, 1.5)
     assert (vit.sample.sigma_min, vit.sample.sigma_max, vit.sample.rho) == (0.002, 80.0, 7.0)
@@ -259,13 +253,23 @@ def test_an_import_is_a_recorded_run_that_says_where_it_comes_from(small, capsys
     path = released(small, name)
     assert __main__.main(["import", name, "--file", str(path)]) == 0
     assert f"sample paper/{name} --record" in capsys.readouterr().out
+    assert (
+        __main__.main(
+            ["import", "adm-imagenet64-unet", "--file", str(released(small, "adm-imagenet64-unet"))]
+        )
+        == 0
+    )
+    assert "import adm-imagenet64-classifier" in capsys.readouterr().out
+    guide = "adm-imagenet64-classifier"
+    assert __main__.main(["import", guide, "--file", str(released(small, guide))]) == 0
+    assert "sample" not in capsys.readouterr().out
     run = runs.load_run(f"paper/{name}")
     state = torch.load(path, weights_only=True)
     assert torch.equal(run.weights()["pos_embed"], state["pos_embed"])  # float32, as they are
     assert torch.equal(run.weights()["time_embedding.weight"], state["time_embedding.weight"][:1000])
     seen = {"url": official.CHECKPOINTS[name].url, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
     assert run.record.imported == seen and run.finished
-    assert json.loads(official.RELEASED.read_text()) == {path.name: seen}
+    assert json.loads(official.RELEASED.read_text())[path.name] == seen
     assert run.draw(range(2)).shape == (2, 8, 8, 3)
     with pytest.raises(ReproError, match="is there already; remove the folder to import"):
         official.import_checkpoint(name, path)
@@ -289,6 +293,42 @@ def test_a_grid_of_an_imported_run_says_whose_weights_they_are(small):
     values = json.loads((small / "paper" / "values" / "grid.json").read_text())["values"]
     assert values["run"]["imported"]["url"] == official.CHECKPOINTS[name].url
     assert values["distance"] is None and values["real_halves"] is None
+
+
+def test_weights_of_a_record_that_git_keeps_without_them_are_restored(small):
+    name = "minsnr-vit-l-imagenet64"
+    path = released(small, name)
+    folder = official.import_checkpoint(name, path)
+    assert __main__.main(["sample", f"paper/{name}", "--record", "--device", "cpu"]) == 0
+    record = runs.load_run(f"paper/{name}").record
+    for file in folder.glob("weights-*"):
+        file.unlink()
+    with pytest.raises(ReproError, match=f"Restore it .python -m repro import {name}"):
+        runs.load_run(f"paper/{name}").weights()
+    official.import_checkpoint(name, path)
+    assert (
+        runs.load_run(f"paper/{name}").record == record
+        and len(runs.load_run(f"paper/{name}").samples()) == 64
+    )
+
+
+def test_a_download_that_is_no_such_file_is_not_kept(small, monkeypatch):
+    import pooch
+
+    cached = small / "cached.pt"
+    cached.write_bytes(b"<html>")
+    monkeypatch.setattr(pooch, "retrieve", lambda *_, **__: str(cached))
+    with pytest.raises(ReproError, match="Download it again"):
+        official.import_checkpoint("minsnr-vit-l-imagenet64")
+    assert not cached.exists()
+
+
+def test_an_imported_training_does_not_go_on(small):
+    name = "minsnr-vit-l-imagenet64"
+    official.import_checkpoint(name, released(small, name))
+    run = runs.load_run(f"paper/{name}")
+    with pytest.raises(ReproError, match="was trained by others"):
+        train.check_goes_on(run, run.config, "f")
 
 
 def test_a_file_must_be_the_one_that_was_seen_first(small):
@@ -326,6 +366,7 @@ def other(state, change):
         (lambda p, s: p.write_bytes(b"<html>not found</html>"), "Download it again"),
         (lambda p, s: torch.save({"state": s}, p), "holds no plain state dict"),
         (lambda p, s: torch.save([1, 2], p), "holds no plain state dict"),
+        (lambda p, s: torch.save({1: torch.ones(1), **s}, p), "holds no plain state dict"),
         (lambda p, s: torch.save(other(s, {"x": Poison(p.parent / "proof")}), p), "holds more than tensors"),
         (
             lambda p, s: torch.save({f"module.{key}": value for key, value in s.items()}, p),
@@ -369,8 +410,8 @@ def test_an_unknown_checkpoint_names_the_near_and_the_known_ones():
         official.import_checkpoint("adm-imagenet64-unett")
 
 
-def test_the_largest_tensor_of_every_preset_can_be_recorded(tmp_path):
-    """ADM's has tensors larger than a file of weights is else."""
+def test_the_largest_tensor_of_adms_network_can_be_recorded(tmp_path):
+    """It is larger than a file of weights is else."""
     with torch.device("meta"):
         state = runs.network(presets.preset("paper/imagenet64-unet")).state_dict()
     name = max(state, key=lambda key: state[key].numel())

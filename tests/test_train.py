@@ -1065,6 +1065,7 @@ def test_recorded_weights_of_another_run_are_not_gone_on_from(home, tmp_path_fac
         assert not {path.name for path in (home / "new").glob("*")} - {".lock"}
 
     refused(r"was recorded with other settings \(train.lr\): its training", change(RUN, lr=1.0))
+    refused("has seen 4 images, and 4 are asked for: ask for more", change(RUN, images=4))
     elsewhere = tmp_path_factory.mktemp("other")
     prepared(elsewhere, constant=7)
     monkeypatch.setenv("REPRO_DATA", str(elsewhere / "data"))
