@@ -19,6 +19,7 @@ from torch import Tensor
 
 from repro import config, files, presets, provenance, runs
 from repro.files import ReproError
+from repro.models.unet import heads_for
 
 RELEASED = provenance.ROOT / "paper" / "released.json"
 """Address, size and SHA-256 of each file as it was first seen (none is published); later ones must be the
@@ -296,11 +297,7 @@ def translated(
         if not torch.isfinite(tensor).all():
             raise ReproError(f"{path}: the tensor {theirs[name]} is not finite. Download it again.")
         if known.heads_within and ".qkv." in name:
-            heads = _heads(known.config.model, shape[0] // 3)
+            heads = heads_for(known.config.model, shape[0] // 3)
             tensor = tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2)
         found[name] = tensor.contiguous()
     return found
-
-
-def _heads(model: config.UNet | config.NoisyClassifier, channels: int) -> int:
-    return model.heads or channels // model.head_channels

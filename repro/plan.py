@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repro import bench, config, runs, train
+from repro import bench, config, runs, sample, train
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def kept_for_backward(run: config.Config, images: int) -> int:
 
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=run.train.precision == "bf16"),
+            sample.autocast("cpu", run.train.precision),
         ):
             net(*inputs)
         storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in seen)}

@@ -350,8 +350,7 @@ class Trainer:
         labels: Tensor | None,
     ) -> Float[Tensor, " n"]:
         """The weighted loss of each image at its noise level, in the precision of the training."""
-        bf16 = self.run.train.precision == "bf16"
-        with torch.autocast(self.place.device.type, torch.bfloat16, enabled=bf16):
+        with sample.autocast(self.place.device, self.run.train.precision):
             return denoiser.loss(y, noise, sigma, labels, self.weight)
 
     def train_step(self, y: Tensor, labels: Tensor | None, numbers: Draws) -> Float[Tensor, ""]:
@@ -544,7 +543,7 @@ class Trainer:
         """Take averages and network from a recorded run, as far as that was trained.
 
         The network is the main average, in the record's float16; the optimizer knows nothing, as in a run
-        that begins. Raises `ReproError` as `check_goes_on` does.
+        that begins. Raises `ReproError` as `check_goes_on` does, and where the weights are not whole.
         """
         check_goes_on(recorded, self.run, self.fingerprint)
         with torch.no_grad():
@@ -562,8 +561,8 @@ class Trainer:
 def check_goes_on(recorded: runs.Run, run: config.Config, fingerprint: str) -> None:
     """Raise `ReproError` where `run` cannot go on from a recorded run's weights.
 
-    That is where settings differ (but for the name, and what may always change), or the pixels, the recorded
-    weights are not whole, or have seen as many images as are asked for, or others trained them.
+    That is where settings differ (but for the name, and what may always change), or the pixels, where the
+    recorded weights have seen as many images as are asked for, or others trained them.
     """
     if recorded.record.imported:
         raise ReproError(
@@ -585,7 +584,6 @@ def check_goes_on(recorded: runs.Run, run: config.Config, fingerprint: str) -> N
             f"{recorded.name} has seen {seen:,} images, and {run.train.images:,} are asked for: ask for "
             f"more, with --train.images"
         )
-    recorded.weights()
 
 
 def train(
@@ -814,8 +812,8 @@ def _train(
         while trainer.step < total and not stop:
             y, labels = upcoming.result()
             upcoming = loader.submit(batches.fetch, trainer.step + 1)
-            due = trainer.balance_every and trainer.step % trainer.balance_every == 0
-            if due or (trainer.balance_every and not trainer.balanced):
+            every = trainer.balance_every
+            if every and (trainer.step % every == 0 or not trainer.balanced):
                 trainer.balance(y, labels)
             losses.append(trainer.train_step(y, labels, draw(run, trainer.step, place, generator)))
             step, images = trainer.step, trainer.images

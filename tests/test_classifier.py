@@ -5,7 +5,6 @@ import json
 import math
 import shutil
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from pydantic import ValidationError
+from released import listed
 from test_unet import plain_attention, plain_norm, plain_residual, plain_silu, scramble
 
 from repro import config, data, evaluate, files, guidance, prepare, runs, sample, schedules, train
@@ -21,8 +21,6 @@ from repro.config import Config, Data, Evaluate, NoisyClassifier, Sample, Train,
 from repro.denoiser import EPS, Denoiser
 from repro.files import ReproError
 from repro.models import unet
-
-RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
 
 TINY = NoisyClassifier(
     channels=32, multipliers=(1, 1, 1, 2), blocks=1, attention=(8,), heads=2, head_channels=None
@@ -69,9 +67,7 @@ def home(tmp_path_factory):
 
 
 def released_classifier() -> dict:
-    if not RELEASED.exists():
-        pytest.skip(f"the list of released tensors is not here ({RELEASED.name})")
-    return json.loads(RELEASED.read_text())["adm-imagenet64-classifier (64x64_classifier.pt)"]
+    return listed("adm-imagenet64-classifier (64x64_classifier.pt)")
 
 
 # The network ----------------------------------------------------------------------------------------

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from released import listed
 from test_vit import numpy_vit
 
 from repro import __main__, config, files, official, presets, provenance, render, runs, train
 from repro.files import ReproError
 from repro.models.vit import ViT
 
-LISTED = json.loads((Path(__file__).parent / "released_tensors.json").read_text())
-"""Names and shapes of the tensors of the real files, by checkpoint."""
+KEYS = {
+    "minsnr-vit-l-imagenet64": "minsnr-vit-l-imagenet64 (ema_0.9999_large.pt)",
+    "adm-imagenet64-unet": "adm-imagenet64-unet (64x64_diffusion.pt)",
+    "adm-imagenet64-classifier": "adm-imagenet64-classifier (64x64_classifier.pt)",
+}
 
 DATA = config.Data("imagenet64", resolution=8, classes=5)
 SMALL = {
@@ -82,12 +86,12 @@ def released(folder, name):
 
 @pytest.mark.parametrize("name", official.CHECKPOINTS)
 def test_every_tensor_of_the_real_file_has_its_place(name):
-    listed = {key: tuple(map(int, shape.split("x"))) for key, shape in LISTED[name].items()}
+    shapes_there = listed(KEYS[name])["state_dict"]
     known = official.CHECKPOINTS[name]
     with torch.device("meta"):
-        state = {key: torch.empty(shape) for key, shape in listed.items()}
+        state = {key: torch.empty(shape) for key, shape in shapes_there.items()}
     wanted = shapes(known)
-    assert {known.rename(key) for key in wanted} == set(listed)
+    assert {known.rename(key) for key in wanted} == set(shapes_there)
     real = torch.isfinite
     torch.isfinite = lambda t: torch.ones(())  # of tensors without content nothing is known
     try:

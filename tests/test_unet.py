@@ -1,16 +1,15 @@
 """The ADM UNet against the released tensors' shapes, and against an independent float64 computation."""
 
 import dataclasses
-import json
 import math
 from collections import Counter
-from pathlib import Path
 
 import jaxtyping
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from released import listed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repro import config, presets
@@ -25,8 +24,6 @@ from repro.models.unet import (
     ResidualBlock,
     sinusoids,
 )  # fmt: skip
-
-RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
 
 # ADM's ImageNet-64 network (openai/guided-diffusion), whose head also predicts a variance
 ADM64 = config.UNet(
@@ -79,18 +76,16 @@ LABELS = torch.tensor([4, 0, 5])
 
 
 def test_shapes_are_those_of_the_released_adm_network():
-    if not RELEASED.exists():
-        pytest.skip(f"the list of released tensors is not here ({RELEASED.name})")
-    released = json.loads(RELEASED.read_text())["adm-imagenet64-unet (64x64_diffusion.pt)"]
+    file = listed("adm-imagenet64-unet (64x64_diffusion.pt)")
     net = on_meta(ADM64, 64, 3, classes=1000, out_channels=6)
     ours = Counter(tuple(value.shape) for value in net.state_dict().values())
     # ADM's attention has 1-D convolutions of kernel 1 where ours has linear layers
     theirs = Counter(
         tuple(shape[:2] if name.endswith(("qkv.weight", "proj_out.weight")) else shape)
-        for name, shape in released["state_dict"].items()
+        for name, shape in file["state_dict"].items()
     )
     assert ours == theirs
-    assert count(net) == released["parameters"]
+    assert count(net) == file["parameters"]
 
 
 def test_parameter_count_of_the_released_adm_network():

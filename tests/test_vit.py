@@ -1,9 +1,7 @@
 """The ViT against the released tensors' shapes, and against an independent float64 computation."""
 
 import dataclasses
-import json
 import math
-from pathlib import Path
 from typing import ClassVar
 
 import jaxtyping
@@ -13,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from released import listed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from repro import config, presets
 from repro.files import ReproError
 from repro.models.vit import ViT, unpatchify
-
-RELEASED = Path(__file__).parents[2] / "shared" / "facts" / "released-checkpoints.json"
 
 SIZES = {name: (model, data.resolution, data.channels) for name, (model, data) in presets.TABLE_1.items()}
 
@@ -66,12 +63,10 @@ def inputs(n: int = 4, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor
     ],
 )
 def test_every_released_tensor_has_its_place_by_name_and_shape(name, key):
-    if not RELEASED.exists():
-        pytest.skip(f"the list of released tensors is not here ({RELEASED.name})")
-    released = json.loads(RELEASED.read_text())[key]
+    file = listed(key)
     net = on_meta(name, classes=1000, time_rows=4000)
-    assert {key: list(value.shape) for key, value in net.state_dict().items()} == released["state_dict"]
-    assert count(net) == released["parameters"]
+    assert {key: list(value.shape) for key, value in net.state_dict().items()} == file["state_dict"]
+    assert count(net) == file["parameters"]
 
 
 @pytest.mark.parametrize(
