@@ -244,6 +244,8 @@ class EvaluateOptions:
 
 def evaluate(name: str, arguments: list[str]) -> None:
     """Measure a recorded run: evaluate RUN [--evaluate.samples 10000 --sample.steps 30 ...]."""
+    import torch
+
     from repro import data, files, runs
     from repro import evaluate as evaluation
     from repro import train as training
@@ -263,6 +265,8 @@ def evaluate(name: str, arguments: list[str]) -> None:
     denoiser = recorded.denoiser(place.device, average)
     if options.compile:
         denoiser.net = runs.compiled(denoiser.net)
+        plans = recorded.config.train.cudnn_plans  # tried on the first batch, as in training
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, plans
     fingerprint = recorded.record.data.fingerprint
     if recorded.record.imported:  # of what they were trained on nothing is recorded: by the images here
         fingerprint = data.load(recorded.config.data.name).manifest["fingerprint"]
