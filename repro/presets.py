@@ -421,7 +421,7 @@ _lab_imagenet64_vit = replace(
     data=replace(_imagenet64_subset, holdout=1000),
     model=ViT(width=384, depth=8, heads=6),
     train=Train(
-        images=18_000_000,
+        images=26_000_384,
         batch=512,
         lr=1e-3,  # of two tried, lab/vit-lr1e-3 and lab/vit-lr5e-4: the lower held-out loss at 1M images
         betas=(0.99, 0.99),
@@ -435,7 +435,8 @@ _lab_imagenet64_vit = replace(
     ),
     sample=replace(_guided, sigma_max=40.0),  # not 80, for the reason given at lab/celeba64-unet
     evaluate=Evaluate(
-        at=(1_000_448, 4_000_256, 8_000_000, 12_000_256, 18_000_000),  # the first as of the learning rates
+        # the first as of the learning rates
+        at=(1_000_448, 4_000_256, 8_000_000, 12_000_256, 18_000_384, 22_000_128, 26_000_384),
         also=(Sample(steps=20, sigma_max=40.0),),
         levels=40,
     ),
@@ -447,7 +448,15 @@ _lab_imagenet64_unet = replace(
     _lab_imagenet64_vit,
     name="lab/imagenet64-unet",
     model=replace(_lab_celeba64_unet.model, dropout=0.1),
-    train=replace(_lab_imagenet64_vit.train, betas=(0.9, 0.999)),  # its rate: tried as lab/unet-lr1e-3 alone
+    train=replace(
+        _lab_imagenet64_vit.train,
+        images=24_500_224,
+        betas=(0.9, 0.999),  # its rate: tried as lab/unet-lr1e-3 alone
+    ),
+    evaluate=replace(
+        _lab_imagenet64_vit.evaluate,
+        at=(1_000_448, 4_000_256, 8_000_000, 12_000_256, 16_742_400, 20_500_480, 24_500_224),
+    ),
     note="Figure 11 at lab scale: a small ADM UNet on 17,494 images of 20 classes. Ours: all sizes and "
     "lengths, learning rate, and where sampling starts.",
 )
