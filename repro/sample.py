@@ -292,6 +292,10 @@ def autocast(device: str | torch.device, precision: str) -> torch.autocast:
     if precision not in AUTOCAST:
         raise ReproError(f"unknown precision {precision!r}; known are {', '.join(AUTOCAST)}")
     dtype = AUTOCAST[precision]
+    # Up to torch 2.11, what is cached of a compiled network says that it runs in half precision, but not in
+    # which of the two: another process's bfloat16 would be taken for float16 (pytorch/pytorch, pull request
+    # 181564).
+    torch.compiler.config.cache_key_tag = precision
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 

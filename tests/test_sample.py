@@ -400,6 +400,15 @@ def test_noise_in_inference_mode():
         torch.testing.assert_close(sample.SeedNoise([0, 1], (3, 8, 8))(), expected, rtol=0, atol=0)
 
 
+def test_what_is_cached_of_a_compiled_network_tells_its_precision():
+    """Which torch 2.11 by itself does not: its cache gives bfloat16's kernels for float16."""
+    tags = set()
+    for precision in sample.AUTOCAST:
+        with sample.autocast("cpu", precision):
+            tags.add(torch.compiler.config.cache_key_tag)
+    assert len(tags) == len(sample.AUTOCAST)
+
+
 def test_compiled_networks_draw_what_they_draw_uncompiled(monkeypatch, unchecked):
     """A recorded network and the classifier whose gradient guides it, traced as one graph each."""
     traced = []
