@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from pydantic import ValidationError
@@ -22,6 +22,9 @@ from pydantic import ValidationError
 from repro import config
 from repro.files import ReproError
 from repro.presets import PRESETS, preset
+
+if TYPE_CHECKING:
+    from repro import runs, train
 
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:N")]
@@ -262,6 +265,9 @@ def evaluate(name: str, arguments: list[str]) -> None:
         raise ReproError(f"--blocks {options.blocks} measures nothing; give 1 or more")
     place = training.find_place(options.device)
     average = recorded.further_average(options.ema)
+    if recorded.config.model.kind == "autoencoder":
+        _evaluate_autoencoder(recorded, options, place)
+        return
     denoiser = recorded.denoiser(place.device, average)
     if options.compile:
         denoiser.net = runs.compiled(denoiser.net)
@@ -298,6 +304,21 @@ def evaluate(name: str, arguments: list[str]) -> None:
             )
             if options.record:
                 files.append_line(recorded.path / "metrics.jsonl", line)
+
+
+def _evaluate_autoencoder(recorded: runs.Run, options: EvaluateOptions, place: train.Place) -> None:
+    """Measure how well a recorded autoencoder reconstructs the val split."""
+    from repro import data, files, latents
+
+    fingerprint, net = recorded.record.data.fingerprint, recorded.autoencoder(place.device)
+    if recorded.record.imported:
+        fingerprint = data.load(recorded.config.data.name).manifest["fingerprint"]
+    run = replace(recorded.config, evaluate=options.evaluate)
+    lines = latents.measure(net, run, fingerprint, recorded.record.images, place.device, options.precision)
+    for line in lines if place.first else []:
+        print(f"{line['name']}: {line['value']:.4f}, {line['samples']:,} val images")
+        if options.record:
+            files.append_line(recorded.path / "metrics.jsonl", line)
 
 
 def _sampler_settings(options: EvaluateOptions | SampleOptions, own: config.Sample) -> list[config.Sample]:
@@ -364,6 +385,38 @@ def gradients(
         files.append_line(recorded.path / "metrics.jsonl", line)
 
 
+def encode(
+    data: tyro.conf.Positional[str],
+    run: tyro.conf.Positional[str],
+    /,
+    batch: int = 250,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    device: Device = None,
+) -> None:
+    """Write the latents of a prepared data set, and of its val split, by a recorded autoencoder.
+
+    Goes on where it was stopped. They lie beside the data set; a run with data.autoencoder learns them.
+
+    Args:
+        data: The prepared data set, such as imagenet64-subset.
+        run: The recorded run of an autoencoder.
+        batch: Images at a time.
+        precision: Of the autoencoder's arithmetic.
+        device: By default the GPU if there is one.
+    """
+    from repro import data as sets
+    from repro import latents
+    from repro import train as training
+
+    _check_batch(batch)
+    place = training.find_place(device)
+    if place.world > 1:
+        raise ReproError("latents are encoded by one process: start it without torchrun")
+    val = f"{data}-val"
+    for name in (data, val) if (sets.data_root() / val / "manifest.json").exists() else (data,):
+        print(f"encoded in {latents.encode(name, run, place.device, batch, precision)}")
+
+
 def import_(
     name: tyro.conf.Positional[str],
     /,
@@ -416,7 +469,7 @@ def presets() -> None:
     for name, run in PRESETS.items():
         weight = run.weight.name + (f" {run.weight.gamma:g}" if run.weight.gamma else "")
         weight += f" times min(SNR, {run.min_snr_factor:g})/SNR" if run.min_snr_factor else ""
-        learns = "" if run.model.kind == "classifier" else f", {run.parameterization}, {weight}"
+        learns = f", {run.parameterization}, {weight}" if run.model.kind in config.DRAWS else ""
         about = f"{run.data.name}, {run.model.kind}{learns}, {run.train.images / 1e6:g}M images"
         print(f"{name}\n    {about}. {run.note}")
 
@@ -468,6 +521,7 @@ def main(arguments: list[str] | None = None) -> int:
                 **usages,
                 "train-all": train_all,
                 "gradients": gradients,
+                "encode": encode,
                 "import": import_,
                 "render": render,
                 "presets": presets,

@@ -168,13 +168,15 @@ def without_content(run: config.Config, images: int) -> Iterator[tuple[nn.Module
 
     So a network of any size is counted in a little memory. The meta device would do but for autocast.
     """
-    size, labelled = run.data.resolution, run.data.classes and run.model.kind != "classifier"
+    size, labelled = run.data.resolution, run.data.classes and run.model.kind in config.DRAWS
     with torch.device("meta"):
         net = runs.network(run)
     with FakeTensorMode(allow_non_fake_inputs=True):
         inputs = [torch.zeros(images, run.data.channels, size, size), torch.zeros(images)]
         if labelled:
             inputs.append(torch.zeros(images, dtype=torch.long))
+        if run.model.kind == "autoencoder":
+            inputs = [inputs[0], torch.zeros(images, run.model.latent_channels, net.side, net.side)]
         yield net.to_empty(device="cpu"), tuple(inputs)
 
 

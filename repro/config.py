@@ -33,6 +33,9 @@ class Data:
     """Images never trained on (drawn once with a fixed seed): they measure memorisation."""
     flip: bool = True
     """Mirror each training image left to right with probability 1/2."""
+    autoencoder: str | None = None
+    """Recorded run of an autoencoder: learn its latents of the images, as `python -m repro encode` left them;
+    resolution and channels are then those of the latents."""
 
 
 @dataclass(frozen=True, config=strict)
@@ -105,7 +108,33 @@ class NoisyClassifier(_SplitsHeads):
     dropout: Share = 0.0
 
 
-Model = Annotated[UNet | ViT | NoisyClassifier, Field(discriminator="kind")]
+@dataclass(frozen=True, config=strict)
+class Autoencoder:
+    """The KL autoencoder of LDM (Rombach et al. 2022, section 3.1), as diffusers' AutoencoderKL builds it."""
+
+    kind: Literal["autoencoder"] = "autoencoder"
+    channels: tuple[Annotated[int, Field(ge=1)], ...] = (128, 256, 512, 512)
+    """Width of each resolution; each entry after the first halves the side."""
+    blocks: Annotated[int, Field(ge=1)] = 2
+    """Residual blocks per resolution (the decoder has one more)."""
+    latent_channels: Annotated[int, Field(ge=1)] = 4
+    groups: Annotated[int, Field(ge=1)] = 32
+    """Of its group norms."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+    """Of the divergence of the latents' distribution from a standard normal one, in its loss."""
+    feature_weight: Annotated[float, Field(ge=0)] = 1.0
+    """Of the difference of features, in its loss (see `repro.autoencoder.Autoencoder`)."""
+
+    @model_validator(mode="after")
+    def _groups_divide(self):
+        if odd := [width for width in self.channels if width % self.groups]:
+            raise ValueError(f"groups ({self.groups}) must divide each of channels, and does not {odd[0]}")
+        return self
+
+
+Model = Annotated[UNet | ViT | NoisyClassifier | Autoencoder, Field(discriminator="kind")]
+DRAWS = ("unet", "vit")
+"""Kinds of networks that draw images; the others serve them."""
 
 
 @dataclass(frozen=True, config=strict)
@@ -320,8 +349,16 @@ class Config:
             raise ValueError("train.label_drop needs data.classes and model.null_class")
         if self.model.kind == "vit" and self.schedule.name == "edm":
             raise ValueError("a vit's time table needs a schedule of counted steps, not edm")
-        if self.model.kind == "classifier" and (self.min_snr_factor or self.train.also_ema_halflife_images):
-            raise ValueError("a classifier has no min_snr_factor and no train.also_ema_halflife_images")
+        if self.model.kind not in DRAWS and (self.min_snr_factor or self.train.also_ema_halflife_images):
+            raise ValueError(
+                f"the {self.model.kind} has no min_snr_factor and no train.also_ema_halflife_images"
+            )
+        if self.data.autoencoder and self.model.kind not in DRAWS:
+            raise ValueError(f"the {self.model.kind} works on images: it has no data.autoencoder")
+        if self.data.autoencoder and (
+            self.sample.clip or self.sample.classifier or any(how.clip for how in self.evaluate.also)
+        ):
+            raise ValueError("latents have no range to clip to, and no classifier guides them here")
         if self.model.kind == "vit" and self.model.time_rows < self.schedule.steps:
             raise ValueError(
                 f"model.time_rows is {self.model.time_rows}, too few for {self.schedule.steps} schedule.steps"

@@ -506,6 +506,7 @@ def evaluate(
         "guidance": run.sample.guidance,
         "classifier": _used(run.sample.classifier),
         "low_noise": _used(run.sample.low_noise),
+        **({"autoencoder": _used(run.data.autoencoder)} if run.data.autoencoder else {}),
         "sample": config.sample_json(run.sample),
         "precision": precision,
         "reference": known.describe(),
@@ -593,8 +594,11 @@ def by_level(
     those trained. Image i has the same noise at every level and for every run, so that runs can be compared
     image by image. Raises `ReproError` where the val split is not prepared.
     """
+    from repro import latents  # which imports this module
+
     began = time.perf_counter()
     real = data.load(f"{run.data.name}-val")
+    learned = latents.of_run(run, real)
     batch = min(batch, len(real.images))
     sigmas = levels_of(model.schedule, count)
     if run.model.kind == "classifier":
@@ -605,7 +609,7 @@ def by_level(
     for first in range(0, len(real.images), batch):
         rows = np.arange(first, min(first + batch, len(real.images)))
         padded = np.concatenate([rows, np.repeat(rows[-1:], batch - len(rows))])  # one shape for all
-        y = sample.from_uint8(torch.from_numpy(real.images[padded])).to(device)
+        y = latents.plain(torch.from_numpy(learned[padded])).to(device)
         labels = None if real.labels is None else torch.from_numpy(real.labels[padded]).to(device)
         noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(LEVEL_SEED + first)).to(device)
         for place, sigma in enumerate(sigmas):

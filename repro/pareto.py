@@ -27,7 +27,7 @@ from scipy import optimize
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from repro import config, data, evaluate, provenance, runs, sample, weights
+from repro import config, data, evaluate, latents, provenance, runs, weights
 from repro.denoiser import X0, Denoiser, Parameterization
 from repro.files import ReproError
 from repro.models.norm import GroupNorm
@@ -390,7 +390,7 @@ def measure(
     train, _ = data.holdout_split(len(real.images), run.data.holdout)
     if images > len(train):
         raise ReproError(f"{images} images were asked for, but {about.name} has {len(train)} to train on")
-    rows = train[np.arange(images) * len(train) // images]
+    rows, learned = train[np.arange(images) * len(train) // images], latents.of_run(run, real)
     sigmas = evaluate.levels_of(D.schedule, levels)
     weight = weights.from_config(config.Weight("constant"), D.parameterization, run.sigma_data)
     means: list[Tensor] = []
@@ -398,7 +398,7 @@ def measure(
         total = None
         for first in range(0, len(group), batch):
             some = group[first : first + batch]
-            y = sample.from_uint8(torch.from_numpy(real.images[some])).to(device)
+            y = latents.plain(torch.from_numpy(learned[some])).to(device)
             noise = sample.SeedNoise([NOISE_SEED + int(i) for i in some], y.shape[1:], device)()
             labels = torch.from_numpy(real.labels[some]).to(device) if run.data.classes else None
             found = gradients(D, y, noise, sigmas, weight, labels, chunk).mul_(batch / len(group))

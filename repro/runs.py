@@ -32,8 +32,9 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from repro import classifier, config, denoiser, files, provenance, sample, schedules
+from repro import autoencoder, classifier, config, denoiser, files, provenance, sample, schedules
 from repro.files import ReproError
+from repro.models.autoencoder import KLAutoencoder
 from repro.models.unet import ADMUNet, NoisyClassifier
 from repro.models.vit import ViT
 
@@ -63,6 +64,8 @@ class DataUsed:
     held_out: int
     classes: tuple[str, ...] = ()
     """Names of the classes that the network is conditioned on, position = label; older records have none."""
+    autoencoder: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each weight file of the autoencoder whose latents of it were learned, where they were."""
 
 
 @dataclass(frozen=True, config=config.strict)
@@ -228,8 +231,17 @@ class Run:
         ema: as in `weights`. Raises `ReproError` where the run is one of a classifier, or its weights are not
         whole.
         """
-        if self.config.model.kind == "classifier":
-            raise ReproError(f"{self.name} is a classifier: it draws no images. Name a run that does.")
+        kind = self.config.model.kind
+        if kind not in config.DRAWS:
+            article = "an" if kind[0] in "aeiou" else "a"
+            raise ReproError(f"{self.name} is {article} {kind}: it draws no images. Name a run that does.")
+        if (name := self.config.data.autoencoder) and load_run(name).record.weights != (
+            self.record.data.autoencoder
+        ):
+            raise ReproError(
+                f"{self.name} learned the latents of {name} with other weights than are recorded there now: "
+                f"what it draws could not be decoded. Restore that run (git checkout)."
+            )
         return self._built(device, ema)
 
     def classifier(self, device: str | torch.device = "cpu") -> classifier.Classifier:
@@ -241,15 +253,27 @@ class Run:
             raise ReproError(f"{self.name} is no classifier. Name the run of one.")
         return self._built(device)
 
+    def autoencoder(self, device: str | torch.device = "cpu") -> KLAutoencoder:
+        """The recorded network of an autoencoder in evaluation mode, float32, on `device`.
+
+        Raises `ReproError` where the run is not one of an autoencoder, or its weights are not whole.
+        """
+        if self.config.model.kind != "autoencoder":
+            raise ReproError(f"{self.name} is no autoencoder. Name the run of one.")
+        return self._network(device)
+
     def _built(
         self, device: str | torch.device, ema: float | None = None
     ) -> denoiser.Denoiser | classifier.Classifier:
-        built = build(self.config)
+        return joined(self.config, self._network(device, ema)).eval().requires_grad_(False)
+
+    def _network(self, device: str | torch.device, ema: float | None = None) -> torch.nn.Module:
+        net = network(self.config)
         try:
-            built.net.load_state_dict(self.weights(ema))
+            net.load_state_dict(self.weights(ema))
         except RuntimeError as error:
             raise ReproError(f"the weights of {self.name} do not fit its configuration: {error}") from error
-        return built.to(device).eval().requires_grad_(False)
+        return net.to(device).eval().requires_grad_(False)
 
     def samples(self, how: config.Sample | None = None) -> UInt8[np.ndarray, "n h w 3"]:
         """The recorded sample images, uint8, in the order of their seeds; checked by hash.
@@ -484,7 +508,7 @@ def write_record(path: Path, record: Record) -> None:
     files.write_json(path / "run.json", _record.dump_python(record, mode="json"))
 
 
-NETWORKS = {"unet": ADMUNet, "vit": ViT, "classifier": NoisyClassifier}
+NETWORKS = {"unet": ADMUNet, "vit": ViT, "classifier": NoisyClassifier, "autoencoder": KLAutoencoder}
 
 
 def network(run: config.Config) -> torch.nn.Module:
@@ -492,11 +516,20 @@ def network(run: config.Config) -> torch.nn.Module:
     return NETWORKS[run.model.kind](run.model, run.data.resolution, run.data.channels, run.data.classes)
 
 
-def build(run: config.Config) -> denoiser.Denoiser | classifier.Classifier:
-    """The network that `run` describes, freshly initialised, as a denoiser, or as a classifier."""
-    net = network(run)
+Joined = denoiser.Denoiser | classifier.Classifier | autoencoder.Autoencoder
+
+
+def build(run: config.Config) -> Joined:
+    """The network that `run` describes, freshly initialised, as a denoiser, classifier or autoencoder."""
+    return joined(run, network(run))
+
+
+def joined(run: config.Config, net: torch.nn.Module) -> Joined:
+    """The network of `run` joined to what it needs: as a denoiser, a classifier or an autoencoder."""
     if run.model.kind == "classifier":
         return classifier.Classifier(net, schedules.from_config(run.schedule))
+    if run.model.kind == "autoencoder":
+        return autoencoder.Autoencoder(net, run.model, schedules.from_config(run.schedule))
     return denoiser.Denoiser(
         net,
         schedules.from_config(run.schedule),

@@ -134,13 +134,14 @@ def check_low_noise(run: config.Config, sample: config.Sample) -> None:
         return
     low = runs.load_run(sample.low_noise)
     low.weights()  # raises where they are not whole
+    of_data = ("name", "classes", "resolution", "channels", "autoencoder")
     differ = [
         name
-        for name in ("data.name", "data.classes", "data.resolution", "data.channels", "schedule")
+        for name in (*(f"data.{each}" for each in of_data), "schedule")
         if attrgetter(name)(low.config) != attrgetter(name)(run)
     ]
-    if low.config.model.kind == "classifier":
-        differ.insert(0, "model.kind, which is that of a classifier")
+    if low.config.model.kind not in config.DRAWS:
+        differ.insert(0, f"model.kind, which is that of the {low.config.model.kind}")
     if sample.guidance != 1 and not getattr(low.config.model, "null_class", False):
         differ.append("model.null_class, which guidance needs")
     if differ:
@@ -246,7 +247,7 @@ def generate(
     labels: Int[Tensor, " all"] | None = None,
     cuda_graphs: bool = False,
 ) -> Iterator[UInt8[Tensor, "n c h w"]]:
-    """Images for `seeds`, in order, as uint8 batches on `device`.
+    """Images for `seeds`, in order, as uint8 batches on `device`; of latents, decoded.
 
     denoiser: on `device`, possibly with a compiled network. precision: "fp32", or "bf16" or "fp16" for
     autocast.
@@ -256,6 +257,8 @@ def generate(
     replay network and guidance as a CUDA graph; worth it from some ten steps on. Without effect on a limited
     guidance interval and on another network of low noise, which look at sigma.
     """
+    from repro import latents  # which imports this module
+
     cast = autocast(device, precision)
     seeds = list(seeds)
     sample = sample or run.sample
@@ -275,6 +278,8 @@ def generate(
         some = None if labels is None else labels[padded].to(device)
         with cast:
             images = sample_batch(denoiser, sample, noise, some, labelled)
+            if run.data.autoencoder:
+                images = latents.decode(images, run.data.autoencoder)
         if not torch.isfinite(images).all():  # which would pass for black as uint8
             raise ReproError(
                 f"an image drawn in {precision} is not finite; try the precision "

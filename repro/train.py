@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ from repro import (
     data,
     evaluate,
     files,
+    latents,
     pareto,
     provenance,
     runs,
@@ -45,8 +46,6 @@ from repro import (
     schedules,
     weights,
 )
-from repro.classifier import Classifier
-from repro.denoiser import Denoiser
 from repro.files import ReproError
 
 STATE = "state.safetensors"
@@ -156,16 +155,25 @@ def tf32(allowed: bool) -> Iterator[None]:
 class Batches:
     """Training batches: image indices, images and labels for each step, on one process's device.
 
-    indices: positions in the data set that are trained on. Each epoch is a new permutation of them.
+    indices: positions in the data set that are trained on. Each epoch is a new permutation of them. learned:
+    by default its images (see `latents.of_run`).
     A data set that takes less than a quarter of a GPU's memory is kept on the GPU.
     """
 
-    def __init__(self, real: data.Dataset, indices: np.ndarray, train: config.Train, place: Place):
+    def __init__(
+        self,
+        real: data.Dataset,
+        indices: np.ndarray,
+        train: config.Train,
+        place: Place,
+        learned: Shaped[np.ndarray, "all *shape"] | None = None,
+    ):
         self.real, self.indices, self.train, self.place = real, indices, train, place
+        self.learned = real.images if learned is None else learned
         self.epochs: dict[int, np.ndarray] = {}
         self.resident = None
-        if place.device.type == "cuda" and real.images.nbytes < torch.cuda.mem_get_info(place.device)[0] / 4:
-            self.resident = torch.from_numpy(np.array(real.images)).to(place.device)
+        if place.device.type == "cuda" and self.learned.nbytes < torch.cuda.mem_get_info(place.device)[0] / 4:
+            self.resident = torch.from_numpy(np.array(self.learned)).to(place.device)
 
     def rows(self, step: int) -> Int[np.ndarray, " batch"]:
         """Positions in the data set of the whole batch of step `step` (counted from 0)."""
@@ -184,18 +192,18 @@ class Batches:
             self.epochs = {epoch: self.indices[order]}
         return self.epochs[epoch]
 
-    def fetch(self, step: int) -> tuple[Float[Tensor, "n c h w"], Int[Tensor, " n"] | None]:
-        """This process's images of step `step`, float32 in [-1, 1], and their labels."""
+    def fetch(self, step: int) -> tuple[Float[Tensor, "n *shape"], Int[Tensor, " n"] | None]:
+        """This process's part of step `step`, float32: images in [-1, 1], or moments; and their labels."""
         share = self.train.batch // self.place.world
         rows = self.rows(step)[self.place.rank * share : (self.place.rank + 1) * share]
         if self.resident is not None:
             images = self.resident[torch.from_numpy(rows).to(self.place.device)]
         else:
-            images = torch.from_numpy(self.real.images[rows]).to(self.place.device)
+            images = torch.from_numpy(self.learned[rows]).to(self.place.device)
         labels = None
         if self.real.labels is not None:
             labels = torch.from_numpy(self.real.labels[rows]).to(self.place.device)
-        return sample.from_uint8(images), labels
+        return sample.from_uint8(images) if images.dtype == torch.uint8 else images.float(), labels
 
 
 @dataclass
@@ -206,6 +214,8 @@ class Draws:
     noise: Float[Tensor, "n c h w"]
     flip: Tensor
     drop: Tensor
+    latent: Float[Tensor, "n c h w"] | None = None
+    """Noise by which latents are drawn from their distribution, where they are learned."""
 
 
 def draw(run: config.Config, step: int, place: Place, generator: torch.Generator) -> Draws:
@@ -221,8 +231,9 @@ def draw(run: config.Config, step: int, place: Place, generator: torch.Generator
     options = {"device": place.device, "generator": generator}
     uniform = torch.rand(3, batch, **options)
     noise = torch.randn(shape, **options)
+    latent = torch.randn(shape, **options)[mine] if run.data.autoencoder else None
     return Draws(
-        uniform[0, mine], noise[mine], uniform[1, mine] < 0.5, uniform[2, mine] < run.train.label_drop
+        uniform[0, mine], noise[mine], uniform[1, mine] < 0.5, uniform[2, mine] < run.train.label_drop, latent
     )
 
 
@@ -280,7 +291,7 @@ class Trainer:
             capturable=on_gpu,
         )
         self.weight = None
-        if run.model.kind != "classifier":
+        if run.model.kind in config.DRAWS:
             self.weight = weights.of_run(run, self.denoiser.parameterization)
         self.balance_every, self.balanced = 0, False
         """Steps after which a weight `ugd` is computed anew, 0 for all others; and whether it was yet."""
@@ -332,7 +343,7 @@ class Trainer:
 
     def loss(
         self,
-        denoiser: Denoiser | Classifier,
+        denoiser: runs.Joined,
         y: Tensor,
         noise: Tensor,
         uniform: Tensor,
@@ -343,7 +354,7 @@ class Trainer:
 
     def loss_at(
         self,
-        denoiser: Denoiser | Classifier,
+        denoiser: runs.Joined,
         y: Tensor,
         noise: Tensor,
         sigma: Tensor,
@@ -356,7 +367,10 @@ class Trainer:
     def train_step(self, y: Tensor, labels: Tensor | None, numbers: Draws) -> Float[Tensor, ""]:
         """One optimizer step on this process's share of a batch; returns its mean loss (on the device)."""
         train = self.run.train
-        if self.run.data.flip:
+        if self.run.data.autoencoder:
+            mirrored = numbers.flip if self.run.data.flip else torch.zeros_like(numbers.flip)
+            y = latents.drawn(y, mirrored, numbers.latent)
+        elif self.run.data.flip:
             y = torch.where(numbers.flip[:, None, None, None], y.flip(3), y)
         if not self.run.data.classes:
             labels = None
@@ -385,6 +399,8 @@ class Trainer:
         dropped labels and mirrored images.
         """
         count = self.run.weight.probe_images
+        if self.run.data.autoencoder:
+            y = latents.plain(y)
         if self.place.first:
             generator = torch.Generator(self.place.device)
             generator.manual_seed(seed_of(self.run.train.seed, "balance", self.step))
@@ -627,7 +643,7 @@ def is_trained(run: config.Config, out: Path) -> bool:
     record = runs.read_record(out / "run.json")
     if changed := unlike(record.config, run):
         raise ReproError(f"{out} holds a run of other settings ({', '.join(changed)}); choose another folder")
-    whole = record.samples is not None or run.model.kind == "classifier"
+    whole = record.samples is not None or run.model.kind not in config.DRAWS
     return whole and record.images >= run.train.images
 
 
@@ -748,6 +764,7 @@ def _train(
             trained_on=len(trained_on),
             held_out=len(held_out),
             classes=tuple(real.classes) if run.data.classes else (),
+            autoencoder=runs.load_run(run.data.autoencoder).record.weights if run.data.autoencoder else {},
         ),
         images=trainer.images,
         seconds=trainer.seconds,
@@ -764,7 +781,7 @@ def _train(
     )
     say(f"{run.name}: {record.parameters:,} parameters, {len(trained_on):,} images, {record.device}")
 
-    batches = Batches(real, trained_on, run.train, place)
+    batches = Batches(real, trained_on, run.train, place, latents.of_run(run, real))
     generator = torch.Generator(place.device)
     total = math.ceil(run.train.images / run.train.batch)
     log_every, state_every = (
@@ -774,18 +791,20 @@ def _train(
     evaluations = {math.ceil(at / run.train.batch) for at in run.evaluate.at}
     if evaluations:  # what is recorded in the end is measured, wherever that is
         evaluations.add(total)
-    network, classifying = None, run.model.kind == "classifier"
+    network, drawing = None, run.model.kind in config.DRAWS
 
     def report(measure: bool, last: bool) -> None:
         nonlocal network
         now = replace(record, images=trainer.images, seconds=round(trainer.seconds, 1))
-        if measure and not classifying:
+        if run.model.kind == "autoencoder":  # what is recorded and measured knows its latents' scale
+            trainer.ema.scale.fill_(latents.find_scale(trainer.ema, real.images, trained_on))
+        if measure and run.model.kind != "classifier":
             network = network or evaluate.feature_network(run.evaluate.features, place.device)
         if measure:
             for line in measured(trainer, network, real, trained_on, held_out, last):
                 write("metrics.jsonl", line | {"training_seconds": now.seconds})
                 say(f"{trainer.images:>12,} images  {line['name']}: {line['value']:.4f}")
-        if place.first and classifying:
+        if place.first and not drawing:
             record_weights(out, now, trainer.ema)
         elif place.first:
             others = {}
@@ -797,7 +816,7 @@ def _train(
                 runs.forget_weights(out, now)
 
     recorded = runs.read_record(out / "run.json") if (out / "run.json").exists() else None
-    whole = recorded and recorded.images == trainer.images and (recorded.samples or classifying)
+    whole = recorded and recorded.images == trainer.images and (recorded.samples or not drawing)
     measure, last = trainer.step in evaluations or trainer.stopped, trainer.step == total
     if (measure or last) and not whole:  # killed between the state and the record
         if measure and place.first:
@@ -882,10 +901,13 @@ def evaluation_batch(run: config.Config) -> int:
 def check_data(run: config.Config, real: data.Dataset) -> None:
     """Raise `ReproError` where a prepared data set does not fit the configuration."""
     shape = (run.data.channels, run.data.resolution, run.data.resolution)
-    if real.images.shape[1:] != shape:
-        raise ReproError(
-            f"{run.data.name} holds images of {real.images.shape[1:]}, the configuration asks for {shape}"
-        )
+    found = real.images.shape[1:]
+    if run.data.autoencoder:  # of each two views, with means and log variances
+        _, doubled, *sides = latents.of_run(run, real).shape[1:]
+        found = (doubled // 2, *sides)
+    if found != shape:
+        what = f"latents by {run.data.autoencoder}" if run.data.autoencoder else "images"
+        raise ReproError(f"{run.data.name} holds {what} of {found}, the configuration asks for {shape}")
     if run.data.classes and (real.labels is None or len(real.classes) != run.data.classes):
         raise ReproError(
             f"{run.data.name} has {len(real.classes)} classes, the configuration asks for {run.data.classes}"
@@ -898,8 +920,9 @@ def check_data(run: config.Config, real: data.Dataset) -> None:
 
 def check_evaluations(run: config.Config, real: data.Dataset) -> None:
     """Raise `ReproError` where what a run will be measured with is missing or unfit, before it is trained."""
-    if run.evaluate.at and (run.evaluate.levels or run.model.kind == "classifier"):
+    if run.evaluate.at and (run.evaluate.levels or run.model.kind not in config.DRAWS):
         val = data.load(f"{run.data.name}-val")
+        latents.of_run(run, val)  # raises where they are wanted and not there
         if val.classes != real.classes or val.images.shape[1:] != real.images.shape[1:]:
             raise ReproError(
                 f"{val.name} and {run.data.name} differ in their classes or the size of their images: "
@@ -971,7 +994,11 @@ def measured(
                 run.train.cuda_graphs,
             )  # fmt: skip
 
-    if run.model.kind == "classifier":
+    if run.model.kind == "autoencoder":
+        yield from latents.measure(
+            trainer.ema, run, trainer.fingerprint, trainer.images, device, precision, network
+        )
+    elif run.model.kind == "classifier":
         yield by_level(run.evaluate.levels or 25)
     else:
         yield from distances(last and len(held_out) > 0)
@@ -997,7 +1024,7 @@ def held_out_loss(
     run, device = trainer.run, trainer.place.device
     if len(held_out) == 0:
         return []
-    lines = []
+    lines, learned = [], latents.of_run(run, real)
     number = min(len(held_out), len(trained_on))
     spread = trained_on[np.arange(number) * len(trained_on) // number]
     for name, indices in (("held-out", held_out), ("training", spread)):
@@ -1005,7 +1032,7 @@ def held_out_loss(
         total, count = 0.0, 0
         for first in range(0, len(indices) - batch + 1, batch):
             rows = indices[first : first + batch]
-            y = sample.from_uint8(torch.from_numpy(real.images[rows])).to(device)
+            y = latents.plain(torch.from_numpy(learned[rows])).to(device)
             labels = torch.from_numpy(real.labels[rows]).to(device) if run.data.classes else None
             generator = torch.Generator().manual_seed(seed_of("held-out loss", first))
             noise = torch.randn(y.shape, generator=generator).to(device)
