@@ -32,7 +32,7 @@ PROG = "python -m repro"
 
 
 def prepare(
-    dataset: tyro.conf.Positional[Literal["celeba64", "imagenet64"]],
+    dataset: tyro.conf.Positional[Literal["celeba64", "imagenet64", "imagenet256"]],
     /,
     source: Annotated[list[Path], tyro.conf.arg(metavar="DIR_OR_TAR ...")],
     name: str | None = None,
@@ -45,7 +45,7 @@ def prepare(
     """Crop, resize and pack images into one data set.
 
     Args:
-        dataset: How to prepare: celeba64 (unlabelled), or imagenet64 (class folders).
+        dataset: How to prepare: celeba64 (unlabelled), imagenet64 or imagenet256 (class folders).
         source: Folder of images, or tar archives of one.
         name: Name of the result; by default that of the data set.
         split: Prepare only this split of a source with train and val folders.
@@ -425,7 +425,8 @@ def import_(
     """Make a recorded run of a released checkpoint (see `repro.official`).
 
     Args:
-        name: Of the checkpoint: minsnr-vit-l-imagenet64, adm-imagenet64-unet, adm-imagenet64-classifier.
+        name: Of the checkpoint: minsnr-vit-l-imagenet64, minsnr-vit-xl-imagenet256, sd-vae-ft-mse,
+            adm-imagenet64-unet, adm-imagenet64-classifier.
         file: The released file, where it is here already; by default it is downloaded.
     """
     from repro import official
@@ -433,9 +434,11 @@ def import_(
     folder = official.import_checkpoint(name, file)
     print(f"recorded in {folder}; git ignores its weights")
     run = official.checkpoint(name).config
-    if run.sample.classifier and run.model.kind != "classifier":
+    if run.sample.classifier and run.model.kind in config.DRAWS:
         print(f"its samples are guided by another: {PROG} import {run.sample.classifier.split('/')[1]}")
-    if run.model.kind != "classifier":
+    if run.data.autoencoder:
+        print(f"its samples are decoded by another: {PROG} import {run.data.autoencoder.split('/')[1]}")
+    if run.model.kind in config.DRAWS:
         print(f"to draw its samples (a GPU is of use): {PROG} sample {run.name} --record")
 
 

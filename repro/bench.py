@@ -39,13 +39,16 @@ PROTOTYPE = config.UNet(
 """The 22M network of the first prototype, for comparison at equal FLOPs."""
 
 _lab = presets.PRESETS["lab/celeba64-unet"].model
+_adm = presets.PRESETS["paper/imagenet64-unet"]
 
 
 @dataclass(frozen=True)
 class Variant:
     """What is measured: a network, plain or as it is, images per step, CUDA graphs or not."""
 
-    model: config.UNet
+    model: config.UNet | config.ViT
+    data: config.Data | None = None
+    """Whose sizes and classes the network has; by default the lab UNet's."""
     plain: bool = False
     """Written plainly: `F.group_norm`, and maps that are joined and doubled before they are convolved."""
     batch: int = 256
@@ -58,7 +61,12 @@ VARIANTS = {
     "prototype, plain": Variant(PROTOTYPE, plain=True, batch=512, forward=False),
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
     "lab": Variant(_lab, cuda_graphs=True),
+    "ViT-B/2": Variant(*presets.TABLE_1["ViT-Base"], cuda_graphs=True),
+    "ViT-XL/2": Variant(*presets.TABLE_1["ViT-XL"], batch=64, cuda_graphs=True),
+    "ADM-64": Variant(_adm.model, _adm.data, batch=128, cuda_graphs=True),
 }
+"""By name. `ViT-*` on latents of 4 x 32 x 32, drawn anew in each step as in training; the last is ADM's
+network without the channels that predict a variance."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +245,7 @@ def measure(name: str, only_compile: bool = False) -> dict:
     lab = presets.PRESETS["lab/celeba64-unet"]
     batch = variant.batch
     settings = replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs)
-    run = replace(lab, model=variant.model, train=settings)
+    run = replace(lab, model=variant.model, data=variant.data or lab.data, train=settings)
     torch.backends.cudnn.benchmark = not only_compile
     torch.backends.cudnn.benchmark_limit = settings.cudnn_plans
     place = train.Place(0, 1, torch.device("cuda"))
@@ -245,17 +253,22 @@ def measure(name: str, only_compile: bool = False) -> dict:
     if variant.plain:
         make_plain(trainer.net)
         make_plain(trainer.ema)
-    y = torch.randn(batch, 3, 64, 64, device="cuda")
+    side, channels = run.data.resolution, run.data.channels
+    y = torch.randn(batch, channels, side, side, device="cuda")
     generator = torch.Generator("cuda")
     numbers = train.draw(run, 0, place, generator)
+    labels = torch.arange(batch, device="cuda") % run.data.classes if run.data.classes else None
+    learned = y
+    if run.data.autoencoder:
+        learned = torch.randn(batch, 2, 2 * channels, side, side, device="cuda")
 
     def step():
-        trainer.train_step(y, None, numbers)
+        trainer.train_step(learned, labels, numbers)
 
     @torch.no_grad()
     def forward():
         with torch.autocast("cuda", torch.bfloat16):
-            trainer.ema_denoiser(y, torch.tensor(1.0), None)
+            trainer.ema_denoiser(y, torch.tensor(1.0), labels)
 
     began = time.perf_counter()
     for work in (step, forward) if variant.forward else (step,):

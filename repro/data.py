@@ -1,6 +1,6 @@
 """Prepared data sets: one memory-mapped file of images each, made by `repro.prepare`.
 
-<root>/<name>/images.u8       uint8 [n, 3, 64, 64], RGB, C order, no header
+<root>/<name>/images.u8       uint8 [n, 3, side, side], RGB, C order, no header
               labels.npy      int64 [n], where the data set has classes
               classes.json    class names (WordNet ids), position = label
               manifest.json   what it is, how it was made, its fingerprint
@@ -19,7 +19,7 @@ import numpy as np
 from repro.files import ReproError
 
 SIZE = 64
-"""Side of the prepared images, pixels."""
+"""Side of the prepared images, pixels, but for data sets of another (`repro.prepare.SIDES`)."""
 
 HOLDOUT_SEED = 20230317
 """Seed of `holdout_split`."""
@@ -31,7 +31,7 @@ class Dataset:
 
     name: str
     images: np.ndarray
-    """uint8 [n, 3, 64, 64], RGB, 0 to 255; memory-mapped, read-only."""
+    """uint8 [n, 3, side, side], RGB, 0 to 255; memory-mapped, read-only."""
     labels: np.ndarray | None
     """int64 [n], positions in `classes`; none for a data set without classes."""
     classes: list[str]
@@ -92,7 +92,8 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
 def _command(name: str) -> str:
     """The command that prepares a data set of this name."""
     base = name.removesuffix("-val")
-    dataset = "imagenet64" if base.startswith("imagenet") else "celeba64"
+    known = (each for each in ("imagenet256", "imagenet") if base.startswith(each))
+    dataset = {"imagenet256": "imagenet256", "imagenet": "imagenet64"}.get(next(known, ""), "celeba64")
     named = "" if base == dataset else f" --name {base}"
     return f"python -m repro prepare {dataset}{named} --source FOLDER_OR_TAR"
 

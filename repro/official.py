@@ -2,7 +2,8 @@
 
 The files' tensors are renamed to ours, and nothing else: they are recorded in float32 as they are, so that
 what a network computes is what its authors' does. What each file holds is known by name and shape; anything
-else is refused. Files are read with `torch.load(weights_only=True)`, which runs no code of theirs.
+else is refused. Files are read as safetensors, or with `torch.load(weights_only=True)`: no code of theirs
+runs.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import difflib
 import pickle
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -26,6 +28,10 @@ RELEASED = provenance.ROOT / "paper" / "released.json"
 same."""
 
 MIN_SNR = "https://github.com/TiankaiHang/Min-SNR-Diffusion-Training/releases/download/v0.0.0/"
+SD_VAE = (
+    "https://huggingface.co/stabilityai/sd-vae-ft-mse/resolve/31f26fdeee1355a5c34592e401dd41e45d25a493/"
+    "diffusion_pytorch_model.safetensors"
+)
 ADM = "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/"
 
 
@@ -39,11 +45,18 @@ class Checkpoint:
     """What a tensor of our network is called in the file."""
     heads_within: bool = False
     """Whether attention layers of the file's UNet order their outputs by q, k and v first, then by heads."""
+    published: dict[str, str | int] = field(default_factory=dict)
+    """Size in bytes and SHA-256, where they are published."""
+    constants: dict[str, float] = field(default_factory=dict)
+    """Numbers that our network has beside the file's tensors."""
 
     @property
     def file(self) -> str:
-        """The file's name."""
-        return self.url.rsplit("/", 1)[1]
+        """The file's name; where many are called the same, that of what it is of."""
+        name = self.url.rsplit("/", 1)[1]
+        return (
+            name if name != "diffusion_pytorch_model.safetensors" else self.url.split("/")[4] + ".safetensors"
+        )
 
 
 def same_name(name: str) -> str:
@@ -91,6 +104,23 @@ def adm_name(name: str) -> str:
     return f"{block}.{rest}"
 
 
+def autoencoder_name(name: str) -> str:
+    """What Stable Diffusion's autoencoder calls a tensor of `models.autoencoder.KLAutoencoder`.
+
+    diffusers' names, with those that its attention had when the file was written.
+    """
+    name = name.removeprefix("kl.")
+    if ".attentions." in name:
+        for ours, theirs in (
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ):
+            name = name.replace(f".{ours}.", f".{theirs}.")
+    return name
+
+
 def _released(preset: str, name: str, note: str, **changes: object) -> config.Config:
     return replace(presets.preset(preset), name=f"paper/{name}", note=note, **changes)
 
@@ -107,6 +137,36 @@ CHECKPOINTS = {
             "not published.",
         ),
         same_name,
+    ),
+    "minsnr-vit-xl-imagenet256": Checkpoint(
+        MIN_SNR + "ema_0.9999_xl.pt",
+        _released(
+            "paper/imagenet256-vit",
+            "minsnr-vit-xl-imagenet256",
+            "The Min-SNR authors' released ViT-XL of Figure 12 (release v0.0.0 of their repository), by 50 "
+            "steps of Heun under guidance 1.5. Options of training are not theirs; how many images it saw is "
+            "not published.",
+        ),
+        same_name,
+    ),
+    "sd-vae-ft-mse": Checkpoint(
+        SD_VAE,
+        config.Config(
+            name="paper/sd-vae-ft-mse",
+            data=config.Data("imagenet256", resolution=256, classes=1000),
+            model=config.Autoencoder(),
+            train=config.Train(images=1),
+            evaluate=config.Evaluate(samples=50_000, features="inception"),
+            note="Stable Diffusion's autoencoder with the decoder that was trained on for squared error "
+            "(stabilityai/sd-vae-ft-mse, MIT licence). Its model card says on which images: not ImageNet. "
+            "Options of training and data are not theirs.",
+        ),
+        autoencoder_name,
+        published={
+            "bytes": 334_643_276,
+            "sha256": "a1d993488569e928462932c8c38a0760b874d166399b14414135bd9c42df5815",
+        },
+        constants={"scale": 0.18215},
     ),
     "adm-imagenet64-unet": Checkpoint(
         ADM + "64x64_diffusion.pt",
@@ -143,7 +203,7 @@ CHECKPOINTS = {
         adm_name,
     ),
 }
-"""By name: the files that Figures 1, 10 and 11 need. A run of each is `paper/<name>`."""
+"""By name: the files that Figures 1, 10, 11 and 12 need. A run of each is `paper/<name>`."""
 
 
 def checkpoint(name: str) -> Checkpoint:
@@ -175,21 +235,24 @@ def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
     if not path.is_file():
         raise ReproError(f"there is no file {path}; leave out --file to download {known.url}")
     seen = {"url": known.url, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    for before in (first_seen().get(known.file, seen), (there and there.record.imported) or seen):
+    befores = (seen | known.published, first_seen().get(known.file, seen))
+    for before in (*befores, (there and there.record.imported) or seen):
         if before != seen:
             raise ReproError(
-                f"{path} is not the {known.file} that was imported before: {seen['bytes']:,} bytes of "
+                f"{path} is not the {known.file} that is known: {seen['bytes']:,} bytes of "
                 f"SHA-256 {seen['sha256'][:16]}…, not {before['bytes']:,} of {before['sha256'][:16]}…. "
                 f"Download it again."
             )
     with torch.device("meta"):
-        wanted = {key: tuple(tensor.shape) for key, tensor in runs.network(known.config).state_dict().items()}
+        state = runs.network(known.config).state_dict()
+    wanted = {key: tuple(tensor.shape) for key, tensor in state.items() if key not in known.constants}
     try:
-        state = translated(read_tensors(path), wanted, known, path)
+        state = translated(read_tensors(path, known.file.endswith(".safetensors")), wanted, known, path)
     except ReproError:
         if file is None:
             path.unlink()  # or it would be taken from the cache again
         raise
+    state |= {name: torch.tensor(value) for name, value in known.constants.items()}
     with files.lock(out):
         files.remove_partial(out)
         hashes = runs.save_weights(out, state, known.config, dtype=torch.float32, limit=LARGEST)
@@ -228,7 +291,7 @@ def download(known: Checkpoint) -> Path:
     import pooch
 
     try:
-        sha256 = first_seen().get(known.file, {}).get("sha256")
+        sha256 = known.published.get("sha256") or first_seen().get(known.file, {}).get("sha256")
         return Path(
             pooch.retrieve(
                 known.url, sha256 and f"sha256:{sha256}", fname=known.file, path=pooch.os_cache("repro")
@@ -241,12 +304,19 @@ def download(known: Checkpoint) -> Path:
         ) from error
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file that `torch.save` wrote of a state dict, by name.
+def read_tensors(path: Path, as_safetensors: bool = False) -> dict[str, Tensor]:
+    """The tensors of a file that `torch.save` wrote of a state dict, or one of safetensors, by name.
 
     Raises `ReproError` where it cannot be read, or holds anything else.
     """
     again = "Download it again."
+    if as_safetensors:
+        try:
+            return safetensors.torch.load_file(path)
+        except Exception as error:  # as below
+            raise ReproError(
+                f"{path} is no whole file of safetensors ({type(error).__name__}). {again}"
+            ) from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -9,7 +9,8 @@ Preparation of one image, in this order:
 1. Colour (`rgb`): the EXIF orientation is applied; grey, palette, CMYK and other modes become RGB;
    whatever is transparent lies on white; of 16-bit grey the high byte is kept (as Pillow itself does
    for 16-bit colour); the first frame of an animation is taken.
-2. An image that is 64x64 now is taken as it is. One whose short side is below 64 is refused.
+2. An image that has the data set's side (`SIDES`) now is taken as it is. One whose short side is below it is
+   refused.
 3. `celeba64` and 178x218 pixels, the size of the aligned CelebA images: `celeba_crop`.
 4. All others: `adm_crop`.
 """
@@ -50,7 +51,13 @@ SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
 
-_ROW = 3 * SIZE * SIZE
+SIDES = {"celeba64": 64, "imagenet64": 64, "imagenet256": 256}
+"""Data sets that can be prepared, and the side of their images, pixels."""
+
+
+def _row(dataset: str) -> int:
+    """Bytes of an image."""
+    return 3 * SIDES[dataset] ** 2
 
 
 # ---------------------------------------------------------------- one image
@@ -113,17 +120,18 @@ def adm_crop(image: Image.Image, size: int = SIZE) -> Image.Image:
 
 
 def pixels(encoded: bytes, dataset: str) -> np.ndarray:
-    """The prepared pixels of an image file's bytes: uint8 [3, 64, 64].
+    """The prepared pixels of an image file's bytes: uint8 [3, side, side], with the side of `dataset`.
 
     Raises `ValueError` for an image that is too small, and whatever Pillow raises for a damaged one.
     """
     with Image.open(io.BytesIO(encoded)) as opened:
         image = rgb(opened)
-    if min(image.size) < SIZE:
-        raise ValueError(f"too small: {image.width}x{image.height}, the short side must be at least {SIZE}")
-    if image.size != (SIZE, SIZE):
+    side = SIDES[dataset]
+    if min(image.size) < side:
+        raise ValueError(f"too small: {image.width}x{image.height}, the short side must be at least {side}")
+    if image.size != (side, side):
         aligned_celeba = dataset == "celeba64" and image.size == (178, 218)
-        image = celeba_crop(image) if aligned_celeba else adm_crop(image)
+        image = celeba_crop(image, side) if aligned_celeba else adm_crop(image, side)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
@@ -277,8 +285,8 @@ def prepare(
 ) -> list[dict]:
     """Prepare the images of `source` and return the manifest of each data set made.
 
-    `dataset`: celeba64 or imagenet64. `source`: one or several folders or archives. `name`: the data
-    set's name, by default `dataset`. imagenet64 takes class folders, or `train/` and `val/` with class
+    `dataset`: one of `SIDES`. `source`: one or several folders or archives. `name`: the data
+    set's name, by default `dataset`. ImageNet takes class folders, or `train/` and `val/` with class
     folders, which become `<name>` and `<name>-val` (`split`, train or val, chooses one of them, or says
     which one plain class folders are); labels count the sorted class names of the whole source.
     `on_corrupt`: "error", or "skip" to leave out the images that cannot be used and name them in the
@@ -289,8 +297,8 @@ def prepare(
     another source under a name that is taken unless `overwrite`, and for a full disk; a data set that
     was there stays as it was.
     """
-    if dataset not in ("celeba64", "imagenet64"):
-        raise ReproError(f"unknown data set {dataset!r}; known: celeba64, imagenet64")
+    if dataset not in SIDES:
+        raise ReproError(f"unknown data set {dataset!r}; known: {', '.join(SIDES)}")
     if on_corrupt not in ("error", "skip"):
         raise ReproError(f"on_corrupt is {on_corrupt!r}; it must be error or skip")
     if split not in (None, "train", "val"):
@@ -414,7 +422,7 @@ def _build(part: _Part, folder: Path, on_corrupt: str, workers: int) -> dict:
         "name": name,
         "dataset": part.dataset,
         "count": len(used),
-        "shape": [len(used), 3, SIZE, SIZE],
+        "shape": [len(used), 3, SIDES[part.dataset], SIDES[part.dataset]],
         "classes": len(part.classes),
         "preparation": PREPARATION,
         "versions": {"pillow": PIL.__version__, "libjpeg_turbo": features.version("libjpeg_turbo")},
@@ -431,7 +439,7 @@ def _write_images(part: _Part, path: Path, workers: int) -> dict[int, str]:
 
     Written by pwrite, not through a memory map: on a full disk that is an error, not a killed process.
     """
-    listed, unusable = part.listed, {}
+    listed, unusable, size = part.listed, {}, _row(part.dataset)
     with open(path, "wb+") as file:
 
         def work(row: int, content: Path | bytes) -> None:
@@ -446,7 +454,7 @@ def _write_images(part: _Part, path: Path, workers: int) -> dict[int, str]:
             except Exception as error:  # damaged files make Pillow raise almost anything
                 unusable[row] = str(error) or type(error).__name__
                 return
-            _write_row(file.fileno(), row, prepared.tobytes())
+            _write_row(file.fileno(), row * size, prepared.tobytes())
 
         # threads are enough: Pillow decodes and resizes outside the interpreter lock
         bar = tqdm(total=len(listed), desc=part.name, unit="img", disable=None)
@@ -466,8 +474,8 @@ def _write_images(part: _Part, path: Path, workers: int) -> dict[int, str]:
                 raise
         kept = [row for row in range(len(listed)) if row not in unusable]
         for new, row in enumerate(kept if unusable else ()):
-            _write_row(file.fileno(), new, os.pread(file.fileno(), _ROW, row * _ROW))
-        os.ftruncate(file.fileno(), len(kept) * _ROW)
+            _write_row(file.fileno(), new * size, os.pread(file.fileno(), size, row * size))
+        os.ftruncate(file.fileno(), len(kept) * size)
         os.fsync(file.fileno())
     return unusable
 
@@ -479,6 +487,6 @@ def _read_file(path: Path) -> bytes:
         raise ReproError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _write_row(handle: int, row: int, content: bytes) -> None:
-    if os.pwrite(handle, content, row * _ROW) != _ROW:
+def _write_row(handle: int, first: int, content: bytes) -> None:
+    if os.pwrite(handle, content, first) != len(content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from released import listed
+from safetensors.torch import save_file
 from test_vit import numpy_vit
 
 from repro import __main__, config, files, official, presets, provenance, render, runs, train
@@ -19,6 +20,7 @@ from repro.models.vit import ViT
 
 KEYS = {
     "minsnr-vit-l-imagenet64": "minsnr-vit-l-imagenet64 (ema_0.9999_large.pt)",
+    "minsnr-vit-xl-imagenet256": "minsnr-vit-xl-imagenet256-latent (ema_0.9999_xl.pt)",
     "adm-imagenet64-unet": "adm-imagenet64-unet (64x64_diffusion.pt)",
     "adm-imagenet64-classifier": "adm-imagenet64-classifier (64x64_classifier.pt)",
 }
@@ -84,7 +86,7 @@ def released(folder, name):
 # The real files -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", official.CHECKPOINTS)
+@pytest.mark.parametrize("name", KEYS)
 def test_every_tensor_of_the_real_file_has_its_place(name):
     shapes_there = listed(KEYS[name])["state_dict"]
     known = official.CHECKPOINTS[name]
@@ -99,6 +101,27 @@ def test_every_tensor_of_the_real_file_has_its_place(name):
     finally:
         torch.isfinite = real
     assert {key: tuple(t.shape) for key, t in found.items()} == wanted
+
+
+def test_stable_diffusions_autoencoder_fills_its_published_file_to_the_byte():
+    """Names, shapes and order of all tensors are in the header of safetensors, whose length tells them."""
+    known = official.CHECKPOINTS["sd-vae-ft-mse"]
+    sizes = {known.rename(name): shape for name, shape in shapes(known).items() if name != "scale"}
+    header, first = {"__metadata__": {"format": "pt"}}, 0
+    for name in sorted(sizes):
+        last = first + 4 * math.prod(sizes[name])
+        header[name] = {"dtype": "F32", "shape": list(sizes[name]), "data_offsets": [first, last]}
+        first = last
+    length = len(json.dumps(header, separators=(",", ":")))
+    assert 8 + math.ceil(length / 8) * 8 + first == known.published["bytes"]
+    assert known.constants == {"scale": 0.18215} and known.file == "sd-vae-ft-mse.safetensors"
+
+
+def test_the_vit_xl_draws_latents_as_its_authors_do():
+    run = official.CHECKPOINTS["minsnr-vit-xl-imagenet256"].config
+    assert (run.sample.sampler, run.sample.steps, run.sample.guidance) == ("heun", 50, 1.5)
+    assert run.parameterization == "x0" and run.data.autoencoder == "paper/sd-vae-ft-mse"
+    assert (run.data.resolution, run.data.channels, run.model.patch) == (32, 4, 2)
 
 
 def test_the_vit_is_sampled_as_its_authors_do_and_adm_is_guided_by_its_classifier():
@@ -249,6 +272,58 @@ def test_an_imported_classifier_computes_what_the_file_does(small):
         torch.testing.assert_close(net(X, TIMES), expected.float(), rtol=0, atol=1e-6)
 
 
+def small_autoencoder(folder, monkeypatch, **changes):
+    """The checkpoint of Stable Diffusion's autoencoder with a small network, and a file of that."""
+    monkeypatch.setenv("REPRO_RUNS", str(folder / "runs"))
+    monkeypatch.setattr(official, "RELEASED", folder / "released.json")
+    known = official.CHECKPOINTS["sd-vae-ft-mse"]
+    model = config.Autoencoder(channels=(8, 16), blocks=1, groups=4)
+    run = dataclasses.replace(known.config, model=model, data=dataclasses.replace(DATA, resolution=16))
+    known = dataclasses.replace(known, config=run, **changes)
+    monkeypatch.setitem(official.CHECKPOINTS, "sd-vae-ft-mse", known)
+    net = runs.network(run)
+    generator = torch.Generator().manual_seed(1)
+    state = {
+        known.rename(name): torch.randn(t.shape, generator=generator) / math.sqrt(max(1, t[:1].numel()))
+        for name, t in net.state_dict().items()
+        if name != "scale"
+    }
+    save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    net.kl.save_config(folder)
+    return folder / "diffusion_pytorch_model.safetensors", type(net.kl)
+
+
+def test_an_imported_autoencoder_computes_what_diffusers_makes_of_the_file(tmp_path, monkeypatch):
+    """diffusers knows the names that its attention once had."""
+    path, theirs = small_autoencoder(tmp_path, monkeypatch, published={})
+    assert __main__.main(["import", "sd-vae-ft-mse", "--file", str(path)]) == 0
+    net = runs.load_run("paper/sd-vae-ft-mse").autoencoder()
+    reference = theirs.from_pretrained(tmp_path).eval()
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = reference.encode(x).latent_dist.mean
+        torch.testing.assert_close(net.encode(x)[0], expected)
+        torch.testing.assert_close(net.decode(expected), reference.decode(expected).sample)
+    assert float(net.scale) == pytest.approx(0.18215, abs=1e-8)
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (None, r"is not the sd-vae-ft-mse.safetensors that is known: .* not 334,643,276 of a1d993488569e928"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9]), "no whole file of safetensors"),
+        (lambda path: torch.save({"x": torch.ones(1)}, path), "no whole file of safetensors"),
+    ],
+)
+def test_another_autoencoder_is_refused(spoil, message, tmp_path, monkeypatch):
+    path, _ = small_autoencoder(tmp_path, monkeypatch, **({} if spoil is None else {"published": {}}))
+    if spoil:
+        spoil(path)
+    with pytest.raises(ReproError, match=message):
+        official.import_checkpoint("sd-vae-ft-mse", path)
+    assert not (tmp_path / "runs").exists() and not official.RELEASED.exists()
+
+
 # The record -----------------------------------------------------------------------------------------
 
 
@@ -343,7 +418,7 @@ def test_a_file_must_be_the_one_that_was_seen_first(small):
     state = torch.load(path, weights_only=True)
     state["pos_embed"] += 1
     torch.save(state, path)
-    with pytest.raises(ReproError, match=r"is not the ema_0.9999_large.pt that was imported before"):
+    with pytest.raises(ReproError, match=r"is not the ema_0.9999_large.pt that is known"):
         official.import_checkpoint(name, path)
 
 

@@ -57,6 +57,31 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+# ---------------------------------------------------------------- another size
+
+
+def test_images_of_256_pixels_are_prepared_whole_where_some_are_not(tmp_path):
+    """Cropped as ADM's, in rows of their own size, also where an unusable image before them is left out."""
+    source = classes(tmp_path / "source", count=1)
+    (source / "n01" / "a.png").write_bytes(b"no image")
+    (source / "n01" / "000000.png").unlink()
+    (source / "n02" / "000100.png").unlink()
+    large = Image.fromarray(noise(300, 270, seed=3))
+    large.save(source / "n01" / "b.png")
+    Image.fromarray(noise(256, 256, seed=4)).save(source / "n02" / "c.png")
+    faces(source / "n02", 1, first=9)  # too small
+    prepare.prepare("imagenet256", source, tmp_path / "data", on_corrupt="skip", workers=2)
+    found = data.load("imagenet256", tmp_path / "data")
+    assert found.images.shape == (2, 3, 256, 256) and found.labels.tolist() == [0, 1]
+    crop = np.asarray(prepare.adm_crop(large, 256)).transpose(2, 0, 1)
+    np.testing.assert_array_equal(found.images[0], crop)
+    np.testing.assert_array_equal(found.images[1], noise(256, 256, seed=4).transpose(2, 0, 1))
+    assert "short side must be at least 256" in found.manifest["skipped"][1]["reason"]
+    assert data.verify("imagenet256", tmp_path / "data") == found.manifest["fingerprint"]
+    with pytest.raises(ReproError, match="prepare imagenet256 --source"):
+        data.load("imagenet256", tmp_path / "nowhere")
+
+
 # ---------------------------------------------------------------- one image
 
 
