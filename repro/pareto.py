@@ -27,7 +27,7 @@ from scipy import optimize
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from repro import config, data, evaluate, latents, provenance, runs, weights
+from repro import config, data, evaluate, latents, provenance, runs, sample, weights
 from repro.denoiser import X0, Denoiser, Parameterization
 from repro.files import ReproError
 from repro.models.norm import GroupNorm

@@ -396,7 +396,7 @@ def test_a_network_that_cannot_take_over_is_refused(home):
         train.train(with_low_noise("lab/none"), home / "unfit", "cpu")
     linear = config.Schedule("linear_vp")
     for run, differ in (
-        (with_low_noise("lab/tells"), "model.kind, which is that of a classifier"),
+        (with_low_noise("lab/tells"), "model.kind, which is that of the classifier"),
         (with_low_noise("lab/draws", data=Data("grey")), "data.classes"),
         (with_low_noise("lab/draws", schedule=linear), "schedule"),
     ):

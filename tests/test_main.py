@@ -462,7 +462,7 @@ def test_a_misspelt_option_names_the_near_ones(capsys, trained):
     assert "Perhaps you meant: --train.images INT" in text
     assert "Perhaps you meant: --neighbours" in exits(capsys, "evaluate", NAME, "--neighbors")
     assert "Unrecognized options: trian" in exits(capsys, "trian", NAME)
-    assert "prepare, train, sample, evaluate, train-all, gradients, import, render, presets" in exits(
+    assert "prepare, train, sample, evaluate, train-all, gradients, encode, import, render, presets" in exits(
         capsys, "trian", NAME
     )
 
