@@ -467,8 +467,18 @@ def render(
         rendering.render(id, overrides=overrides, force=force)
 
 
-def presets() -> None:
-    """List the runs that can be trained."""
+def presets(profile: Literal["lab", "paper"] | None = None) -> None:
+    """List the runs that can be trained.
+
+    Args:
+        profile: Tell what each of this profile takes: parameters, FLOPs, memory and GPU-hours, counted now
+            and by recorded rates (a minute or two).
+    """
+    if profile:
+        from repro import plan
+
+        print(plan.tell_costs(profile))
+        return
     for name, run in PRESETS.items():
         weight = run.weight.name + (f" {run.weight.gamma:g}" if run.weight.gamma else "")
         weight += f" times min(SNR, {run.min_snr_factor:g})/SNR" if run.min_snr_factor else ""

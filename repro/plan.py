@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from repro import bench, config, runs, sample, train
+from repro import bench, config, presets, runs, sample, train
+from repro.files import ReproError
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,101 @@ def kept_for_backward(run: config.Config, images: int) -> int:
             net(*inputs)
         storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in seen)}
     return sum(size for address, size in storages.items() if address not in own)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Arithmetic that a recorded training reached on each of its GPUs."""
+
+    flops: float
+    """A second, of three forward passes an image, each as the network is defined."""
+    device: str
+    run: str
+
+
+def rate_of(kind: str) -> Rate | None:
+    """The fastest recorded training of such a network, by arithmetic a second; none where there is none.
+
+    Over whole trainings, compilation included; those that stopped and went on count where all parts ran on as
+    many GPUs of one model. Those on a CPU do not count.
+    """
+    known: dict[tuple, float] = {}
+    best = None
+    for name in runs.names():
+        run = runs.load_run(name)
+        config, record = run.config, run.record
+        places = {(part.device, part.processes) for part in record.sessions}
+        if (config.model.kind, len(places)) != (kind, 1) or record.imported or record.device == "cpu":
+            continue
+        key = (config.model, config.data.resolution, config.data.channels, config.data.classes)
+        if key not in known:
+            known[key] = bench.forward_flops(config)
+        flops = 3 * known[key] * record.images / (record.seconds * record.processes)
+        if best is None or flops > best.flops:
+            best = Rate(flops, record.device, name)
+    return best
+
+
+def costs(profile: str) -> list[dict]:
+    """What each preset of a profile takes, a row each: sizes, steps, memory, and GPU-hours.
+
+    Bytes of state are of one of one process; those of activations are of an image (see `Plan`). GPU-hours are
+    what the training's arithmetic takes at the rate of the fastest recorded one of a network of its kind (see
+    `rate_of`), so without evaluations, and of a network of other sizes.
+    """
+    rates: dict[str, Rate | None] = {}
+    rows = []
+    for name, run in presets.PRESETS.items():
+        if not name.startswith(f"{profile}/"):
+            continue
+        found = plan(run)
+        kind = run.model.kind
+        if kind not in rates:
+            rates[kind] = rate_of(kind)
+        flops = 3 * found.forward_flops * found.images
+        rows.append(
+            {
+                "preset": name,
+                "parameters": found.parameters,
+                "forward_flops": found.forward_flops,
+                "batch": run.train.batch,
+                "steps": found.steps,
+                "state_bytes": sum(found.state.values()),
+                "kept_bytes": found.kept // found.at_once,
+                "gpu_hours": rates[kind] and flops / rates[kind].flops / 3600,
+                "rate": rates[kind],
+            }
+        )
+    return rows
+
+
+def tell_costs(profile: str) -> str:
+    """`costs` as lines of text; raises `ReproError` for a profile without presets."""
+    rows = costs(profile)
+    if not rows:
+        raise ReproError(f"there are no presets of a profile {profile!r}; there are lab and paper")
+    form = "{:<38} {:>11} {:>13} {:>6} {:>9} {:>9} {:>13} {:>9}"
+    lines = [
+        form.format("preset", "parameters", "GFLOP/image", "batch", "steps", "state", "an image", "GPU-hours")
+    ]
+    for row in rows:
+        hours = "unknown" if row["gpu_hours"] is None else f"{row['gpu_hours']:,.1f}"
+        lines.append(
+            form.format(
+                row["preset"], f"{row['parameters'] / 1e6:,.1f}M", f"{row['forward_flops'] / 1e9:,.1f}",
+                row["batch"], f"{row['steps']:,}", _gib(row["state_bytes"]),
+                f"{row['kept_bytes'] / 2**20:,.0f} MiB", hours,
+            )
+        )  # fmt: skip
+    lines += [
+        "",
+        "GFLOP/image: of a forward pass, two a multiply-add. State: weights, gradients, Adam and averages",
+        "of a process. An image: what plain PyTorch keeps of it for the backward pass; compiled, less.",
+        "GPU-hours: the arithmetic of training alone, at the rate of a recorded training of such a network:",
+    ]
+    for rate in {row["rate"] for row in rows if row["rate"]}:
+        lines.append(f"  {rate.flops / 1e12:,.0f} TFLOP/s on a {rate.device}, {rate.run}")
+    return "\n".join(lines)
 
 
 def describe(run: config.Config, plan: Plan) -> str:

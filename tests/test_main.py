@@ -365,12 +365,12 @@ def test_help_names_every_command(capsys):
 
 
 HELP = {
-    "prepare": ("--source DIR_OR_TAR", "--on-corrupt {error,skip}", "{celeba64,imagenet64}"),
+    "prepare": ("--source DIR_OR_TAR", "--on-corrupt {error,skip}", "{celeba64,imagenet64,imagenet256}"),
     "train": ("train PRESET [options]", "train PRESET --help", ", ".join(PRESETS)),
     "sample": ("sample RUN [options]", "--seeds 0 64"),
     "evaluate": ("evaluate RUN [options]", "--evaluate.samples 10000"),
     "render": ("NAME=VALUE", "--force", "--list"),
-    "presets": ("List the runs that can be trained",),
+    "presets": ("List the runs that can be trained", "--profile"),
 }
 
 

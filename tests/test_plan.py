@@ -130,7 +130,9 @@ def test_measured_peaks_of_memory_lie_below_the_plan():
             assert 0.4 < variant["gpu_memory_gib"] / whole < 0.7
 
 
-@pytest.mark.parametrize("name", ["lab/imagenet64-x0-minsnr5", "lab/imagenet64-classifier"])
+@pytest.mark.parametrize(
+    "name", ["lab/imagenet64-x0-minsnr5", "lab/imagenet64-classifier", "lab/imagenet64-autoencoder"]
+)
 def test_every_kind_of_network_can_be_planned(name):
     found = plan.plan(presets.preset(name))
     assert found.kept > 1e6 and found.forward_flops > 1e8
@@ -158,3 +160,42 @@ def test_a_dry_run_prints_and_does_nothing(tmp_path, monkeypatch, capsys):
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ReproError, match="a batch of 4 cannot be shared by 3 processes"):
         plan.plan(RUN, 3)
+
+
+def test_gpu_hours_are_by_the_fastest_recorded_training_of_such_a_network(tmp_path, monkeypatch, capsys):
+    """Of two of the same kind; one on a CPU, one on other GPUs in part, and another kind do not count."""
+    monkeypatch.setenv("REPRO_RUNS", str(tmp_path))
+    unet = dataclasses.replace(TINY, name="lab/one")
+    vit = dataclasses.replace(unet, model=config.ViT(patch=8, width=16, depth=1, heads=1))
+    about = dict(
+        data=runs.DataUsed("drawn", "0" * 64, 12, 12, 0), images=36_000, versions={}, commit="", code="",
+        parameters=1,
+    )  # fmt: skip
+    part = runs.Session(0, "GPU A", 2, {}, "", "")
+    for name, run, seconds, device, processes, earlier in (
+        ("slow", unet, 100.0, "GPU A", 2, ()),
+        ("fast", unet, 50.0, "GPU A", 3, ()),  # 3,600 / 15 against 3,600 / 20 images a second on a GPU
+        ("moved", unet, 1.0, "GPU B", 2, (part,)),
+        ("slower", unet, 1.0, "cpu", 1, ()),
+        ("vit", vit, 1.0, "GPU A", 1, ()),
+    ):
+        record = runs.Record(
+            run, seconds=seconds, device=device, processes=processes, earlier=earlier, **about
+        )
+        runs.write_record(tmp_path / "lab" / name, dataclasses.replace(record))
+    flops = bench.forward_flops(unet)
+    found = plan.rate_of("unet")
+    assert (found.run, found.device) == ("lab/fast", "GPU A")
+    assert found.flops == pytest.approx(3 * flops * 36_000 / 150)
+    assert plan.rate_of("autoencoder") is None
+
+    longer = change(dataclasses.replace(unet, name="paper/longer"), images=360_000, batch=12)
+    monkeypatch.setattr(presets, "PRESETS", {longer.name: longer, "lab/one": unet})
+    (row,) = plan.costs("paper")
+    assert row["gpu_hours"] == pytest.approx(10 * 150 / 3600) and row["steps"] == 30_000
+    assert row["parameters"] == sum(p.numel() for p in runs.network(longer).parameters())
+    assert main(["presets", "--profile", "paper"]) == 0
+    told = capsys.readouterr().out
+    assert "paper/longer" in told and "on a GPU A, lab/fast" in told and "lab/one " not in told
+    with pytest.raises(ReproError, match="no presets of a profile 'other'"):
+        plan.tell_costs("other")
