@@ -172,6 +172,7 @@ def sample(name: str, arguments: list[str]) -> None:
 
     recorded = runs.load_run(name)
     options = _parse("sample", name, SampleOptions(sample=recorded.sample), arguments)
+    replace(recorded.config, sample=options.sample)  # raises where the run cannot be sampled so
     first, end = options.seeds
     if not 0 <= first < end <= 2**31:
         raise ReproError(
@@ -308,11 +309,16 @@ def evaluate(name: str, arguments: list[str]) -> None:
 
 def _evaluate_autoencoder(recorded: runs.Run, options: EvaluateOptions, place: train.Place) -> None:
     """Measure how well a recorded autoencoder reconstructs the val split."""
-    from repro import data, files, latents
+    from repro import files, latents
 
     fingerprint, net = recorded.record.data.fingerprint, recorded.autoencoder(place.device)
-    if recorded.record.imported:
-        fingerprint = data.load(recorded.config.data.name).manifest["fingerprint"]
+    default = EvaluateOptions(sample=options.sample, evaluate=options.evaluate)
+    used = ("evaluate", "precision", "record", "device", "sample")
+    for name in EvaluateOptions.__dataclass_fields__:
+        if name not in used and getattr(options, name) != getattr(default, name):
+            raise ReproError(
+                f"{recorded.name} is an autoencoder: --{name.replace('_', '-')} has no effect on it"
+            )
     run = replace(recorded.config, evaluate=options.evaluate)
     lines = latents.measure(net, run, fingerprint, recorded.record.images, place.device, options.precision)
     for line in lines if place.first else []:

@@ -44,13 +44,13 @@ def measure(
     device: str | torch.device,
     precision: str,
     network: nn.Module | None = None,
-    batch: int = 250,
 ) -> list[dict]:
     """How well images of the val split are reconstructed, from their latents' means: lines for metrics.jsonl.
 
     The Fréchet distance of the reconstructions to the val images, and the mean absolute error of a pixel, in
     grey levels of 255, with the peak signal-to-noise ratio in decibels. fingerprint: of the pixels that `run`
-    was trained on. Raises `ReproError` where the val split is not prepared.
+    was trained on. precision: of encoding; decoded in float32. Raises `ReproError` where the val split is not
+    prepared.
     """
     began = time.perf_counter()
     real = data.load(f"{run.data.name}-val")
@@ -58,9 +58,10 @@ def measure(
     known = evaluate.reference(real.name, real.manifest["fingerprint"], run.evaluate.features, device)
     moments = evaluate.Moments(network.dimension, device, origin=known.mean)
     absolute = squared = 0.0
-    for images in evaluate.batches(real.images, batch, device):
+    for images in evaluate.batches(real.images, at_once(run.data.resolution), device):
         with sample.autocast(device, precision):
-            again = sample.to_uint8(net.decode(net.encode(sample.from_uint8(images))[0]).float())
+            means = net.encode(sample.from_uint8(images))[0]
+        again = sample.to_uint8(pictures(net, means.float()))
         moments.add(network(again).float())
         apart = again.double() - images.double()
         absolute += float(apart.abs().sum())
@@ -98,7 +99,6 @@ def find_scale(
     net: KLAutoencoder,
     images: UInt8[np.ndarray, "n c h w"],
     indices: Int[np.ndarray, " some"],
-    batch: int = 250,
 ) -> float:
     """1 / the standard deviation of the latents of `images[indices]` (Rombach et al. 2022, appendix G).
 
@@ -107,7 +107,7 @@ def find_scale(
     number = min(len(indices), SCALE_IMAGES)
     chosen = indices[np.arange(number) * len(indices) // number]
     count = total = squares = 0.0
-    for rows in np.array_split(chosen, math.ceil(len(chosen) / batch)):
+    for rows in np.array_split(chosen, math.ceil(len(chosen) / at_once(images.shape[-1]))):
         x = sample.from_uint8(torch.from_numpy(images[rows])).to(net.scale.device)
         mean, log_variance = (each.double() for each in net.encode(x))
         count += mean.numel()
@@ -117,6 +117,15 @@ def find_scale(
 
 
 # A data set's latents -------------------------------------------------------------------------------
+
+
+def trained(autoencoder: str) -> runs.Run:
+    """The recorded run of an autoencoder; raises `ReproError` where it is none, or not trained to its end."""
+    run = runs.load_run(autoencoder)
+    if run.config.model.kind == "autoencoder" and not run.finished:
+        raise ReproError(f"the autoencoder {autoencoder} is not trained to its end yet")
+    run.autoencoder()
+    return run
 
 
 def folder(dataset: str, weights: dict[str, str], root: str | Path | None = None) -> Path:
@@ -135,7 +144,7 @@ def encode(
     not prepared, the run is no autoencoder for such images, another process encodes the same, or the disk is
     full.
     """
-    recorded, real = runs.load_run(autoencoder), data.load(dataset, root)
+    recorded, real = trained(autoencoder), data.load(dataset, root)
     net = recorded.autoencoder(device)
     shape = (recorded.config.data.channels, recorded.config.data.resolution)
     if real.images.shape[1:3] != shape:
@@ -144,50 +153,52 @@ def encode(
             f"{real.images.shape[1:]}"
         )
     out = folder(dataset, recorded.record.weights, root)
-    channels = recorded.config.model.latent_channels
-    manifest = {
-        "shape": [len(real.images), 2, 2 * channels, net.side, net.side],
+    about = {
+        "shape": [len(real.images), 2, 2 * recorded.config.model.latent_channels, net.side, net.side],
         "pixels": real.manifest["fingerprint"],
         "autoencoder": recorded.config.name,
         "weights": recorded.record.weights,
         "scale": float(net.scale),
         "precision": precision,
     }
-    if (out / "manifest.json").exists():
-        whole = files.read_json(out / "manifest.json")
-        if {key: whole[key] for key in ("shape", "pixels", "weights")} == {
-            key: manifest[key] for key in ("shape", "pixels", "weights")
-        }:
-            return out
-        raise ReproError(f"{out} holds latents of other pixels: remove it, and encode {dataset} anew")
-    row = 2 * math.prod(manifest["shape"][1:])  # bytes
+    row = 2 * math.prod(about["shape"][1:])  # bytes
+    size, begun = row * len(real.images), out / "begun.json"
     with files.lock(out):
+        if (out / "manifest.json").exists():
+            whole = files.read_json(out / "manifest.json")
+            if {**whole, "sha256": ""} == {**about, "sha256": ""} and _size(out / "moments.f16") == size:
+                return out
+            raise ReproError(
+                f"{out} holds latents that are not whole, or were encoded otherwise (of other pixels, or in "
+                f"{whole['precision']} and not {precision}): remove it, and encode {dataset} anew"
+            )
         try:
-            handle = os.open(out / "moments.partial", os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                begun = out / "begun.json"
-                if not begun.exists() or files.read_json(begun) != manifest:
-                    os.ftruncate(handle, 0)
-                    files.write_json(begun, manifest)
-                done = os.fstat(handle).st_size // row
-                for first in tqdm(
-                    range(done, len(real.images), batch), desc=out.parent.name, unit="batch", disable=None
-                ):
-                    images = torch.from_numpy(np.array(real.images[first : first + batch])).to(device)
-                    written = _moments(net, images, precision).cpu().numpy().tobytes()
-                    if os.pwrite(handle, written, first * row) != len(written):
-                        raise OSError("no space left on the disk")
-                os.fsync(handle)
-            finally:
-                os.close(handle)
-            os.replace(out / "moments.partial", out / "moments.f16")
-            files.write_json(out / "manifest.json", manifest)
+            if not begun.exists() or files.read_json(begun) != about:
+                for name in ("moments.partial", "moments.f16"):
+                    (out / name).unlink(missing_ok=True)
+                files.write_json(begun, about)
+            if _size(out / "moments.f16") != size:  # or it was killed before the manifest was written
+                with open(out / "moments.partial", "ab") as file:
+                    os.ftruncate(file.fileno(), file.tell() // row * row)
+                    steps = range(file.tell() // row, len(real.images), batch)
+                    for first in tqdm(steps, desc=dataset, unit="batch", disable=None):
+                        images = torch.from_numpy(np.array(real.images[first : first + batch])).to(device)
+                        file.write(_moments(net, images, precision).cpu().numpy().tobytes())
+                        file.flush()
+                        os.fsync(file.fileno())  # or after a crash of the machine, holes would count as done
+                os.replace(out / "moments.partial", out / "moments.f16")
+            files.write_json(out / "manifest.json", {**about, "sha256": files.sha256(out / "moments.f16")})
             begun.unlink()
         except OSError as error:
             raise ReproError(
                 f"cannot write {out}: {error}. Free some space and give the same command, which goes on."
             ) from error
     return out
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; -1 where there is none."""
+    return path.stat().st_size if path.exists() else -1
 
 
 @torch.no_grad()
@@ -221,9 +232,22 @@ def load(
         raise ReproError(f"the latents of {dataset} by {autoencoder} are not there. Run: {command}")
     manifest = files.read_json(out / "manifest.json")
     size = 2 * math.prod(manifest["shape"])
-    if manifest["pixels"] != real.manifest["fingerprint"] or (out / "moments.f16").stat().st_size != size:
+    if manifest["pixels"] != real.manifest["fingerprint"] or _size(out / "moments.f16") != size:
         raise ReproError(f"{out} is not whole, or of other pixels. Remove it and run: {command}")
     return np.memmap(out / "moments.f16", np.float16, "r", shape=tuple(manifest["shape"]))
+
+
+def verify(dataset: str, autoencoder: str, root: str | Path | None = None) -> dict[str, str]:
+    """SHA-256 of a prepared data set's latents, from all bytes, and their precision, as a record has them.
+
+    Raises `ReproError` where they are not those that were encoded, besides what `load` raises.
+    """
+    load(dataset, autoencoder, root)
+    out = folder(dataset, runs.load_run(autoencoder).record.weights, root)
+    manifest = files.read_json(out / "manifest.json")
+    if (found := files.sha256(out / "moments.f16")) != manifest["sha256"]:
+        raise ReproError(f"{out / 'moments.f16'} changed since it was encoded: remove {out} and encode anew")
+    return {"sha256": found, "precision": manifest["precision"]}
 
 
 def of_run(run: config.Config, real: data.Dataset) -> Shaped[np.ndarray, "n *shape"]:
@@ -251,15 +275,27 @@ def drawn(
 
 
 @torch.no_grad()
-def decode(
-    latents: Float[Tensor, "n l h w"], autoencoder: str, batch: int = 125
-) -> Float[Tensor, "n c h2 w2"]:
+def decode(latents: Float[Tensor, "n l h w"], autoencoder: str) -> Float[Tensor, "n c h2 w2"]:
     """The images of scaled latents by a recorded autoencoder, float32 about [-1, 1], on the latents' device.
 
     Raises `ReproError` where it is not recorded.
     """
-    net = _recorded(autoencoder, tuple(runs.load_run(autoencoder).record.weights.items()), latents.device)
-    return torch.cat([net.decode(part.float() / net.scale).float() for part in latents.split(batch)])
+    run = runs.load_run(autoencoder)
+    net = _recorded(autoencoder, tuple(run.record.weights.items()), latents.device)
+    parts = (latents.float() / net.scale).split(at_once(run.config.data.resolution))
+    return torch.cat([pictures(net, part) for part in parts])
+
+
+def pictures(net: KLAutoencoder, latents: Float[Tensor, "n l h w"]) -> Float[Tensor, "n c h2 w2"]:
+    """The images of latents that are not scaled, in float32 whatever surrounds it: half precision would round
+    them to half a grey level."""
+    with torch.autocast(latents.device.type, enabled=False):
+        return net.decode(latents)
+
+
+def at_once(side: int) -> int:
+    """Images of a side that are encoded or decoded together: as many as have the pixels of 250 of side 64."""
+    return max(1, 250 * 64**2 // side**2)
 
 
 @lru_cache(maxsize=2)

@@ -252,6 +252,7 @@ def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
         if file is None:
             path.unlink()  # or it would be taken from the cache again
         raise
+    parameters = sum(tensor.numel() for tensor in state.values())
     state |= {name: torch.tensor(value) for name, value in known.constants.items()}
     with files.lock(out):
         files.remove_partial(out)
@@ -269,7 +270,7 @@ def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
             versions={},
             commit="unknown",
             code=provenance.code_version("import repro.official"),
-            parameters=sum(tensor.numel() for tensor in state.values()),
+            parameters=parameters,
             weights=hashes,
             imported=seen,
         )

@@ -66,6 +66,8 @@ class DataUsed:
     """Names of the classes that the network is conditioned on, position = label; older records have none."""
     autoencoder: dict[str, str] = field(default_factory=dict)
     """SHA-256 of each weight file of the autoencoder whose latents of it were learned, where they were."""
+    latents: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of these latents, and the precision in which they were encoded."""
 
 
 @dataclass(frozen=True, config=config.strict)
@@ -235,9 +237,8 @@ class Run:
         if kind not in config.DRAWS:
             article = "an" if kind[0] in "aeiou" else "a"
             raise ReproError(f"{self.name} is {article} {kind}: it draws no images. Name a run that does.")
-        if (name := self.config.data.autoencoder) and load_run(name).record.weights != (
-            self.record.data.autoencoder
-        ):
+        name = None if self.record.imported else self.config.data.autoencoder  # of others' it is not recorded
+        if name and load_run(name).record.weights != self.record.data.autoencoder:
             raise ReproError(
                 f"{self.name} learned the latents of {name} with other weights than are recorded there now: "
                 f"what it draws could not be decoded. Restore that run (git checkout)."
@@ -365,11 +366,11 @@ class Run:
             for line in self._measured(how, samples or self.config.evaluate.samples, ema)
             if line["first_seed"] == own
         }
-        for other in ("classifier", "low_noise"):
+        for other in ("classifier", "low_noise", "autoencoder"):
             if len({json.dumps(line.get(other), sort_keys=True) for line in last.values()}) > 1:
                 raise ReproError(
-                    f"{self.path / 'metrics.jsonl'} has distances of {getattr(how, other)} with different "
-                    f"weights, which are no curve; measure them again (python -m repro evaluate {self.name})"
+                    f"{self.path / 'metrics.jsonl'} has distances of one {other} run with different weights, "
+                    f"which are no curve; measure them again (python -m repro evaluate {self.name})"
                 )
         return [last[images] for images in sorted(last)]
 
@@ -386,7 +387,7 @@ class Run:
 
         def samples(line: dict) -> tuple:
             about = ("images", "ema_halflife_images", "first_seed", "features", "precision")
-            others = ("classifier", "low_noise")
+            others = ("classifier", "low_noise", "autoencoder")
             return config.sample_from_json(line["sample"]), *map(line.get, about + others)
 
         same = [other for other in self.metrics if "sample" in other and samples(other) == samples(line)]
@@ -665,6 +666,8 @@ def check_comparable(some: Sequence[Run], may_differ: Sequence[str]) -> None:
         ]
         if some[0].record.data.fingerprint != run.record.data.fingerprint:
             apart.append("the data's pixels")
+        if some[0].record.data.latents != run.record.data.latents:
+            apart.append("the data's latents")
         if some[0].record.images != run.record.images:
             apart.append("images seen")
         if apart:

@@ -300,7 +300,7 @@ def autocast(device: str | torch.device, precision: str) -> torch.autocast:
     # Up to torch 2.11, what is cached of a compiled network says that it runs in half precision, but not in
     # which of the two: another process's bfloat16 would be taken for float16 (pytorch/pytorch, pull request
     # 181564).
-    torch.compiler.config.cache_key_tag = precision
+    torch.compiler.config.cache_key_tag = f"{os.environ.get('TORCH_COMPILE_CACHE_KEY_TAG', '')}{precision}"
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 

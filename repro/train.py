@@ -272,8 +272,16 @@ class Trainer:
     Raises `ReproError` for a batch that does not divide (see `shares`).
     """
 
-    def __init__(self, run: config.Config, place: Place, fingerprint: str = ""):
+    def __init__(
+        self,
+        run: config.Config,
+        place: Place,
+        fingerprint: str = "",
+        learned: dict[str, str] | None = None,
+    ):
         self.run, self.place, self.fingerprint = run, place, fingerprint
+        self.learned = learned or {}
+        """Of latents, what `latents.verify` says."""
         self.at_once = shares(run.train, place.world)[1]
         torch.manual_seed(seed_of(run.train.seed, "init"))
         self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
@@ -502,6 +510,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "fingerprint": self.fingerprint,
+            "latents": self.learned,
             "config": config.to_json(self.run),
             "stopped": self.stopped,
             "sessions": [asdict(session) for session in self.sessions],
@@ -528,6 +537,11 @@ class Trainer:
                 f"{path / STATE} was trained on other pixels than the prepared {self.run.data.name} "
                 f"({about['fingerprint'][:8]} against {self.fingerprint[:8]}). Prepare the same images, or "
                 f"choose another --out."
+            )
+        if about.get("latents", {}) != self.learned:
+            raise ReproError(
+                f"{path / STATE} was trained on other latents of {self.run.data.name}, of other weights of "
+                f"{self.run.data.autoencoder}. Restore that run and its latents, or choose another --out."
             )
         saved = config.from_json(about["config"])
         if changed := unlike(saved, self.run):
@@ -562,6 +576,11 @@ class Trainer:
         that begins. Raises `ReproError` as `check_goes_on` does, and where the weights are not whole.
         """
         check_goes_on(recorded, self.run, self.fingerprint)
+        if recorded.record.data.latents != self.learned:
+            raise ReproError(
+                f"{recorded.name} was trained on other latents of {self.run.data.name}. Encode the same with "
+                f"the same weights of {self.run.data.autoencoder}, or leave out --from-weights."
+            )
         with torch.no_grad():
             for halflife, average in self.averages.items():
                 found = recorded.weights(halflife)
@@ -722,7 +741,8 @@ def _train(
     check_data(run, real)
     check_evaluations(run, real)
     trained_on, held_out = data.holdout_split(len(real.images), run.data.holdout)
-    trainer = Trainer(run, place, data.verify(run.data.name))
+    learned = latents.verify(run.data.name, run.data.autoencoder) if run.data.autoencoder else {}
+    trainer = Trainer(run, place, data.verify(run.data.name), learned)
     if (out / STATE).exists():
         trainer.load_state(out)
         say(f"{run.name}: going on from {trainer.images:,} images")
@@ -765,6 +785,7 @@ def _train(
             held_out=len(held_out),
             classes=tuple(real.classes) if run.data.classes else (),
             autoencoder=runs.load_run(run.data.autoencoder).record.weights if run.data.autoencoder else {},
+            latents=trainer.learned,
         ),
         images=trainer.images,
         seconds=trainer.seconds,
@@ -903,6 +924,7 @@ def check_data(run: config.Config, real: data.Dataset) -> None:
     shape = (run.data.channels, run.data.resolution, run.data.resolution)
     found = real.images.shape[1:]
     if run.data.autoencoder:  # of each two views, with means and log variances
+        latents.trained(run.data.autoencoder)  # raises where samples could not be decoded
         _, doubled, *sides = latents.of_run(run, real).shape[1:]
         found = (doubled // 2, *sides)
     if found != shape:

@@ -1,6 +1,7 @@
 """An autoencoder's loss and scale, the latents of a data set, and a run that learns them."""
 
 import dataclasses
+import errno
 import json
 
 import numpy as np
@@ -12,9 +13,7 @@ from test_classifier import grey_images
 from repro import (
     __main__,
     autoencoder,
-    config,
     data,
-    evaluate,
     files,
     latents,
     runs,
@@ -135,7 +134,7 @@ def test_settings_that_latents_cannot_have_are_refused(changes, told):
 
 def test_the_scale_gives_drawn_latents_a_deviation_of_one(home):
     net = runs.load_run("lab/codes").autoencoder()
-    scale = latents.find_scale(net, data.load("grey").images, np.arange(24), batch=7)
+    scale = latents.find_scale(net, data.load("grey").images, np.arange(24))
     moments = torch.from_numpy(np.array(latents.load("grey", "lab/codes")))
     generator = torch.Generator().manual_seed(0)
     plain = torch.zeros(24, dtype=torch.bool)
@@ -205,13 +204,29 @@ def test_a_full_disk_is_told_and_nothing_is_lost(home, monkeypatch):
     out = latents.folder("grey-val", runs.load_run("lab/codes").record.weights)
     expected = (out / "moments.f16").read_bytes()
     (out / "manifest.json").unlink()
-    (out / "moments.f16").unlink()
+    before = (out / "moments.f16").rename(out / "aside")
     with monkeypatch.context() as patch:
-        patch.setattr(latents.os, "pwrite", lambda *_: 5)
+
+        def full(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        patch.setattr(latents, "_moments", full)
         with pytest.raises(ReproError, match="Free some space and give the same command"):
             latents.encode("grey-val", "lab/codes")
     latents.encode("grey-val", "lab/codes")
     assert (out / "moments.f16").read_bytes() == expected
+    before.unlink()
+
+
+def test_encoding_that_was_killed_before_its_manifest_is_not_done_again(home, monkeypatch):
+    out = latents.folder("grey-val", runs.load_run("lab/codes").record.weights)
+    manifest = files.read_json(out / "manifest.json")
+    about = {key: value for key, value in manifest.items() if key != "sha256"}
+    files.write_json(out / "begun.json", about)
+    (out / "manifest.json").unlink()
+    monkeypatch.setattr(latents, "_moments", None)
+    latents.encode("grey-val", "lab/codes")
+    assert files.read_json(out / "manifest.json") == manifest and not (out / "begun.json").exists()
 
 
 def test_latents_that_are_cut_or_of_other_pixels_are_refused(home):
@@ -224,9 +239,56 @@ def test_latents_that_are_cut_or_of_other_pixels_are_refused(home):
     files.write_json(out / "manifest.json", json.loads(manifest) | {"pixels": "others"})
     with pytest.raises(ReproError, match="not whole, or of other pixels"):
         latents.load("grey-val", "lab/codes")
-    with pytest.raises(ReproError, match="holds latents of other pixels"):
+    with pytest.raises(ReproError, match="not whole, or were encoded otherwise"):
         latents.encode("grey-val", "lab/codes")
     (out / "manifest.json").write_text(manifest)
+    with pytest.raises(ReproError, match="in fp32 and not bf16"):
+        latents.encode("grey-val", "lab/codes", precision="bf16")
+    (out / "moments.f16").write_bytes(content[:-2] + b"\0\1")
+    with pytest.raises(ReproError, match="changed since it was encoded"):
+        latents.verify("grey-val", "lab/codes")
+    (out / "moments.f16").write_bytes(content)
+    assert latents.verify("grey-val", "lab/codes")["precision"] == "fp32"
+
+
+def test_training_does_not_go_on_with_other_latents(home, drawing, monkeypatch):
+    """Neither from a state, nor from a record; nor are such runs compared."""
+    longer = dataclasses.replace(DRAWS, train=dataclasses.replace(DRAWS.train, images=48))
+    out = home / "goes-on"
+    train.train(DRAWS, out, "cpu", grid=(1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(latents, "verify", lambda *_: {"sha256": "others", "precision": "fp32"})
+        with pytest.raises(ReproError, match="trained on other latents of grey, of other weights"):
+            train.train(longer, out, "cpu")
+        with pytest.raises(ReproError, match="trained on other latents of grey. Encode the same"):
+            train.train(longer, home / "from-weights", "cpu", from_weights=drawing)
+    one = runs.load_run(drawing)
+    data_used = dataclasses.replace(one.record.data, latents={"sha256": "others", "precision": "fp32"})
+    other = runs.Run("lab/other", one.path, dataclasses.replace(one.record, data=data_used))
+    with pytest.raises(ReproError, match="the data's latents"):
+        runs.check_comparable([one, other], [])
+
+
+def test_an_autoencoder_that_cannot_decode_is_told_before_training(home):
+    path = home / "runs/lab/codes"
+    weights = next(path.glob("weights-*"))
+    aside = weights.rename(home / "aside.safetensors")
+    with pytest.raises(ReproError, match="is missing: .*codes needs all of"):
+        train.train(DRAWS, home / "before", "cpu")
+    aside.rename(weights)
+    before = (path / "run.json").read_text()
+    record = json.loads(before)
+    record["config"]["train"]["images"] = 128
+    (path / "run.json").write_text(json.dumps(record))
+    try:
+        for work in (
+            lambda: train.train(DRAWS, home / "before", "cpu"),
+            lambda: latents.encode("grey", "lab/codes"),
+        ):
+            with pytest.raises(ReproError, match="the autoencoder lab/codes is not trained to its end yet"):
+                work()
+    finally:
+        (path / "run.json").write_text(before)
 
 
 def test_what_cannot_encode_is_refused(home, drawing, monkeypatch):
@@ -348,4 +410,7 @@ def test_commands(home, drawing, capsys):
     recorded = runs.load_run("lab/codes")
     value = [line["value"] for line in recorded.metrics if line["name"] == "reconstruction error"][-1]
     assert float(told.split("reconstruction error: ")[1].split(",")[0]) == pytest.approx(value, rel=0.02)
-    assert evaluate.LABELS and config.DRAWS == ("unet", "vit")
+    assert __main__.main(["evaluate", "lab/codes", "--neighbours"]) == 1
+    assert "--neighbours has no effect on it" in capsys.readouterr().err
+    assert __main__.main(["sample", str(drawing), "--sample.clip", "--seeds", "0", "1"]) == 1
+    assert "no range to clip to" in capsys.readouterr().err

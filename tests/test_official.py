@@ -307,6 +307,26 @@ def test_an_imported_autoencoder_computes_what_diffusers_makes_of_the_file(tmp_p
     assert float(net.scale) == pytest.approx(0.18215, abs=1e-8)
 
 
+def test_an_imported_vit_of_latents_draws_what_the_imported_autoencoder_decodes(tmp_path, monkeypatch):
+    path, _ = small_autoencoder(tmp_path, monkeypatch, published={})
+    official.import_checkpoint("sd-vae-ft-mse", path)
+    name = "minsnr-vit-xl-imagenet256"
+    known = official.CHECKPOINTS[name]
+    run = dataclasses.replace(
+        known.config,
+        model=SMALL["minsnr-vit-l-imagenet64"],
+        data=dataclasses.replace(known.config.data, resolution=8, classes=5),
+        sample=config.Sample(steps=2, guidance=1.5),
+    )
+    monkeypatch.setitem(official.CHECKPOINTS, name, dataclasses.replace(known, config=run))
+    official.import_checkpoint(name, released(tmp_path, name))
+    recorded = runs.load_run(f"paper/{name}")
+    assert recorded.draw([0, 1]).shape == (2, 16, 16, 3)
+    assert recorded.record.parameters == sum(p.numel() for p in runs.network(run).parameters())
+    decoder = runs.load_run("paper/sd-vae-ft-mse")
+    assert decoder.record.parameters == sum(p.numel() for p in decoder.autoencoder().parameters())
+
+
 @pytest.mark.parametrize(
     "spoil, message",
     [
