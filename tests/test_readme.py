@@ -2,10 +2,13 @@
 
 import json
 import re
+import shlex
+import subprocess
 
 import pytest
 
 from repro import provenance, readme
+from repro.__main__ import main
 from repro.files import ReproError
 
 README = provenance.ROOT / "README.md"
@@ -44,3 +47,28 @@ def test_a_missing_key_or_file_is_named(tmp_path):
         readme.refresh("<!--= null.json x.y .1f --><!--/-->", tmp_path)
     with pytest.raises(ReproError, match="b.json, which is missing"):
         readme.refresh("<!--= b.json x .1f --><!--/-->", tmp_path)
+
+
+def test_the_clusters_script_is_bash_and_its_command_one_of_ours(tmp_path, monkeypatch, capsys):
+    """Run by bash with the scheduler's commands replaced; what would be started on each node we can parse."""
+    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "job.sh").write_text(script)
+    for name, content in {
+        "scontrol": "echo node1; echo node2",
+        "srun": 'printf "%q " "$@" > started',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_GPUS_ON_NODE": "8", **slurm}
+    command = ["bash", tmp_path / "job.sh", "paper/imagenet64-edm"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    words = shlex.split((tmp_path / "started").read_text())
+    assert words[words.index("--rdzv-endpoint") + 1] == "node1:29500"
+    assert words[words.index("--nnodes") + 1] == "2" and words[words.index("--nproc-per-node") + 1] == "8"
+    ours = words[words.index("-m", words.index("--max-restarts")) + 2 :]
+    assert ours == ["train", "paper/imagenet64-edm", "--out", "runs/paper/imagenet64-edm"]
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    assert main([*ours, "--dry-run"]) == 0
+    assert "16, each" in capsys.readouterr().out

@@ -375,14 +375,16 @@ def test_held_out_images_are_as_hard_as_the_same_images_trained_on(home):
     assert train.held_out_loss(trainer, real, rows, np.array([], int)) == []
 
 
-def torchrun(number, *arguments):
-    """`number` processes joined by gloo."""
+def torchrun(number, program, *arguments):
+    """`number` processes joined by gloo; the first arguments of a program may be torchrun's own."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
+    own = 2 if arguments[:1] == ("--max-restarts",) else 0
+    command, arguments = [*command, *arguments[:own], program], arguments[own:]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(provenance.ROOT)}
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=200, env=environment
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-30000:]
 
 
 @pytest.mark.parametrize("changes", ["", ", micro_batch=1"], ids=["at once", "one by one"])
@@ -407,6 +409,34 @@ def test_two_processes_train_and_sample_what_one_does(home, changes):
     torchrun(2, "-m", "repro", "sample", home / "one", "--seeds", "3", "8", "--out", home / "drawn")
     pictures = [np.asarray(Image.open(home / "drawn" / f"{seed}.png")) for seed in range(3, 8)]
     np.testing.assert_array_equal(pictures, one.draw(range(3, 8)))
+
+
+LOST = """
+import os, pathlib, signal
+step_of, mark = train.Trainer.train_step, pathlib.Path({mark!r})
+
+def step_or_die(self, *given):
+    if self.place.rank == 1 and self.step == 4 and not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step_of(self, *given)
+
+train.Trainer.train_step = step_or_die
+"""
+
+
+def test_a_process_that_is_lost_is_started_again_with_the_others_and_nothing_is_missing(home):
+    """Killed in the fifth step; by torchrun all go on from the last state, after the third."""
+    code, mark = script(home / "two", changes="images=40"), home / "killed"
+    begin, train_it = code.rsplit("train.train(", 1)
+    (home / "lost.py").write_text(f"{begin}{LOST.format(mark=str(mark))}train.train({train_it}")
+    torchrun(2, home / "lost.py", "--max-restarts", "3")
+    assert mark.exists()
+    train.train(change(RUN, images=40), home / "one", "cpu", grid=(1, 1))
+    one, two = (runs.load_run(home / out) for out in ("one", "two"))
+    assert two.record.images == 40 and two.record.processes == 2 and two.finished
+    for seen, wanted in zip(log_of(home / "two"), log_of(home / "one"), strict=True):
+        assert seen == pytest.approx(wanted, rel=1e-5)
 
 
 UGD = config.Weight("ugd", bins=3, every_images=8, probe_images=2)
