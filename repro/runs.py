@@ -368,9 +368,10 @@ class Run:
         }
         for other in ("classifier", "low_noise", "autoencoder"):
             if len({json.dumps(line.get(other), sort_keys=True) for line in last.values()}) > 1:
+                name = getattr(how, other, self.config.data.autoencoder)
                 raise ReproError(
-                    f"{self.path / 'metrics.jsonl'} has distances of one {other} run with different weights, "
-                    f"which are no curve; measure them again (python -m repro evaluate {self.name})"
+                    f"{self.path / 'metrics.jsonl'} has distances of {name} with different weights, which "
+                    f"are no curve; measure them again (python -m repro evaluate {self.name})"
                 )
         return [last[images] for images in sorted(last)]
 
