@@ -69,7 +69,7 @@ class Autoencoder(nn.Module):
 
         noise: of the images' shape, as for a denoiser; the latents take the first numbers of it.
         """
-        side = getattr(self.net, "_orig_mod", getattr(self.net, "module", self.net)).side
+        side = y.shape[-1] >> (len(self.how.channels) - 1)
         shape = (self.how.latent_channels, side, side)
         if noise[0].numel() < math.prod(shape):
             raise ReproError(

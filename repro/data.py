@@ -92,8 +92,9 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
 def _command(name: str) -> str:
     """The command that prepares a data set of this name."""
     base = name.removesuffix("-val")
-    known = (each for each in ("imagenet256", "imagenet") if base.startswith(each))
-    dataset = {"imagenet256": "imagenet256", "imagenet": "imagenet64"}.get(next(known, ""), "celeba64")
+    dataset = "imagenet64" if base.startswith("imagenet") else "celeba64"
+    if base.startswith("imagenet256"):
+        dataset = "imagenet256"
     named = "" if base == dataset else f" --name {base}"
     return f"python -m repro prepare {dataset}{named} --source FOLDER_OR_TAR"
 

@@ -122,9 +122,9 @@ def find_scale(
 def trained(autoencoder: str) -> runs.Run:
     """The recorded run of an autoencoder; raises `ReproError` where it is none, or not trained to its end."""
     run = runs.load_run(autoencoder)
-    if run.config.model.kind == "autoencoder" and not run.finished:
+    run.autoencoder()  # raises where it is none
+    if not run.finished:
         raise ReproError(f"the autoencoder {autoencoder} is not trained to its end yet")
-    run.autoencoder()
     return run
 
 
@@ -217,14 +217,8 @@ def _moments(
     return found
 
 
-def load(
-    dataset: str, autoencoder: str, root: str | Path | None = None
-) -> Shaped[np.ndarray, "n 2 l2 h2 w2"]:
-    """The latents of a prepared data set by a recorded autoencoder: moments.f16, mapped, not read.
-
-    Raises `ReproError` where there are none, with the command that makes them, or where they are not whole or
-    of other pixels.
-    """
+def _encoded(dataset: str, autoencoder: str, root: str | Path | None) -> tuple[Path, dict]:
+    """A data set's moments.f16 by a recorded autoencoder, and its manifest; raises as `load` says."""
     recorded, real = runs.load_run(autoencoder), data.load(dataset, root)
     out = folder(dataset, recorded.record.weights, root)
     command = f"python -m repro encode {dataset.removesuffix('-val')} {autoencoder}"
@@ -234,7 +228,19 @@ def load(
     size = 2 * math.prod(manifest["shape"])
     if manifest["pixels"] != real.manifest["fingerprint"] or _size(out / "moments.f16") != size:
         raise ReproError(f"{out} is not whole, or of other pixels. Remove it and run: {command}")
-    return np.memmap(out / "moments.f16", np.float16, "r", shape=tuple(manifest["shape"]))
+    return out / "moments.f16", manifest
+
+
+def load(
+    dataset: str, autoencoder: str, root: str | Path | None = None
+) -> Shaped[np.ndarray, "n 2 l2 h2 w2"]:
+    """The latents of a prepared data set by a recorded autoencoder: moments.f16, mapped, not read.
+
+    Raises `ReproError` where there are none, with the command that makes them, or where they are not whole or
+    of other pixels.
+    """
+    path, manifest = _encoded(dataset, autoencoder, root)
+    return np.memmap(path, np.float16, "r", shape=tuple(manifest["shape"]))
 
 
 def verify(dataset: str, autoencoder: str, root: str | Path | None = None) -> dict[str, str]:
@@ -242,11 +248,9 @@ def verify(dataset: str, autoencoder: str, root: str | Path | None = None) -> di
 
     Raises `ReproError` where they are not those that were encoded, besides what `load` raises.
     """
-    load(dataset, autoencoder, root)
-    out = folder(dataset, runs.load_run(autoencoder).record.weights, root)
-    manifest = files.read_json(out / "manifest.json")
-    if (found := files.sha256(out / "moments.f16")) != manifest["sha256"]:
-        raise ReproError(f"{out / 'moments.f16'} changed since it was encoded: remove {out} and encode anew")
+    path, manifest = _encoded(dataset, autoencoder, root)
+    if (found := files.sha256(path)) != manifest["sha256"]:
+        raise ReproError(f"{path} changed since it was encoded: remove {path.parent} and encode anew")
     return {"sha256": found, "precision": manifest["precision"]}
 
 

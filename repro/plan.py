@@ -121,13 +121,13 @@ def rate_of(kind: str) -> Rate | None:
     best = None
     for name in runs.names():
         run = runs.load_run(name)
-        config, record = run.config, run.record
+        how, record = run.config, run.record
         places = {(part.device, part.processes) for part in record.sessions}
-        if (config.model.kind, len(places)) != (kind, 1) or record.imported or record.device == "cpu":
+        if (how.model.kind, len(places)) != (kind, 1) or record.imported or record.device == "cpu":
             continue
-        key = (config.model, config.data.resolution, config.data.channels, config.data.classes)
+        key = (how.model, how.data.resolution, how.data.channels, how.data.classes)
         if key not in known:
-            known[key] = bench.forward_flops(config)
+            known[key] = bench.forward_flops(how)
         flops = 3 * known[key] * record.images / (record.seconds * record.processes)
         if best is None or flops > best.flops:
             best = Rate(flops, record.device, name)

@@ -277,10 +277,10 @@ class Trainer:
         run: config.Config,
         place: Place,
         fingerprint: str = "",
-        learned: dict[str, str] | None = None,
+        encoded: dict[str, str] | None = None,
     ):
         self.run, self.place, self.fingerprint = run, place, fingerprint
-        self.learned = learned or {}
+        self.encoded = encoded or {}
         """Of latents, what `latents.verify` says."""
         self.at_once = shares(run.train, place.world)[1]
         torch.manual_seed(seed_of(run.train.seed, "init"))
@@ -510,7 +510,7 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
             "fingerprint": self.fingerprint,
-            "latents": self.learned,
+            "latents": self.encoded,
             "config": config.to_json(self.run),
             "stopped": self.stopped,
             "sessions": [asdict(session) for session in self.sessions],
@@ -538,7 +538,7 @@ class Trainer:
                 f"({about['fingerprint'][:8]} against {self.fingerprint[:8]}). Prepare the same images, or "
                 f"choose another --out."
             )
-        if about.get("latents", {}) != self.learned:
+        if about.get("latents", {}) != self.encoded:
             raise ReproError(
                 f"{path / STATE} was trained on other latents of {self.run.data.name}, of other weights of "
                 f"{self.run.data.autoencoder}. Restore that run and its latents, or choose another --out."
@@ -576,7 +576,7 @@ class Trainer:
         that begins. Raises `ReproError` as `check_goes_on` does, and where the weights are not whole.
         """
         check_goes_on(recorded, self.run, self.fingerprint)
-        if recorded.record.data.latents != self.learned:
+        if recorded.record.data.latents != self.encoded:
             raise ReproError(
                 f"{recorded.name} was trained on other latents of {self.run.data.name}. Encode the same with "
                 f"the same weights of {self.run.data.autoencoder}, or leave out --from-weights."
@@ -741,8 +741,8 @@ def _train(
     check_data(run, real)
     check_evaluations(run, real)
     trained_on, held_out = data.holdout_split(len(real.images), run.data.holdout)
-    learned = latents.verify(run.data.name, run.data.autoencoder) if run.data.autoencoder else {}
-    trainer = Trainer(run, place, data.verify(run.data.name), learned)
+    encoded = latents.verify(run.data.name, run.data.autoencoder) if run.data.autoencoder else {}
+    trainer = Trainer(run, place, data.verify(run.data.name), encoded)
     if (out / STATE).exists():
         trainer.load_state(out)
         say(f"{run.name}: going on from {trainer.images:,} images")
@@ -785,7 +785,7 @@ def _train(
             held_out=len(held_out),
             classes=tuple(real.classes) if run.data.classes else (),
             autoencoder=runs.load_run(run.data.autoencoder).record.weights if run.data.autoencoder else {},
-            latents=trainer.learned,
+            latents=trainer.encoded,
         ),
         images=trainer.images,
         seconds=trainer.seconds,

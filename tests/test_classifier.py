@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -50,16 +51,22 @@ def grey_images(folder, name, count, classes=(40, 200)):
     prepare.prepare("imagenet64", folder / "source" / name, folder / "data", name=name, workers=1)
 
 
+@contextmanager
+def grey_data(folder):
+    """Within a block the package works in `folder`, where grey images are prepared."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("data", "reference", "runs"):
+            patch.setenv(f"REPRO_{name.upper()}", str(folder / name))
+        grey_images(folder, "grey", 12)
+        grey_images(folder, "grey-val", 5)
+        yield
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """Prepared data, a trained classifier, and a run that is guided by it."""
     folder = tmp_path_factory.mktemp("classifier")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_DATA", str(folder / "data"))
-        patch.setenv("REPRO_REFERENCE", str(folder / "reference"))
-        patch.setenv("REPRO_RUNS", str(folder / "runs"))
-        grey_images(folder, "grey", 12)
-        grey_images(folder, "grey-val", 5)
+    with grey_data(folder):
         train.train(CLASSIFIER, folder / "runs" / "lab" / "tells", "cpu")
         train.train(DRAWS, folder / "runs" / "lab" / "draws", "cpu", grid=(1, 2))
         yield folder

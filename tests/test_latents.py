@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from test_classifier import grey_images
+from test_classifier import grey_data
 
 from repro import (
     __main__,
@@ -42,12 +42,7 @@ DRAWS = Config(
 def home(tmp_path_factory):
     """Prepared data, and a recorded autoencoder of them."""
     folder = tmp_path_factory.mktemp("latents")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REPRO_DATA", str(folder / "data"))
-        patch.setenv("REPRO_REFERENCE", str(folder / "reference"))
-        patch.setenv("REPRO_RUNS", str(folder / "runs"))
-        for name, count in (("grey", 12), ("grey-val", 5)):
-            grey_images(folder, name, count)
+    with grey_data(folder):
         train.train(CODES, folder / "runs/lab/codes", "cpu")
         for name in ("grey", "grey-val"):
             latents.encode(name, "lab/codes", batch=5)
