@@ -2,6 +2,8 @@
 
     python -m repro.bench --out paper/bench/unet64.json
     python -m repro.bench --out paper/bench/sampling.json --variants "ViT-L/4" "lab ViT" "lab UNet"
+    python -m repro.bench --out paper/bench/cluster.json --variants "ViT-B/2" "ViT-XL/2" "ADM-64" \
+        "ViT-B/2 from disk" "ViT-B/2 from disk, 2 GPUs"
 
 All variants are compiled at once; then each is timed in a process of its own, one after the other, so
 that nothing disturbs how cuDNN chooses its plans. FLOPs are those of the network as defined, however it
@@ -12,15 +14,18 @@ counts as 3 forward passes. Rates are medians over steps timed with CUDA events,
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
@@ -29,7 +34,19 @@ from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from repro import config, cuda_graph, evaluate, files, presets, provenance, runs, sample, schedules, train
+from repro import (
+    config,
+    cuda_graph,
+    data,
+    evaluate,
+    files,
+    presets,
+    provenance,
+    runs,
+    sample,
+    schedules,
+    train,
+)
 from repro.models.norm import GroupNorm, added
 from repro.models.unet import InputConvolution, OutputConvolution, Resample
 
@@ -82,6 +99,24 @@ SAMPLING = {
     "lab ViT": Sampling("lab/imagenet64-vit", 500),
     "lab UNet": Sampling("lab/imagenet64-unet", 500),
 }
+
+
+@dataclass(frozen=True)
+class FromDisk:
+    """What is measured end to end: the training of a variant on latents in a file, by so many GPUs."""
+
+    variant: str
+    gpus: int = 1
+
+
+FROM_DISK = {
+    "ViT-B/2 from disk": FromDisk("ViT-B/2"),
+    "ViT-B/2 from disk, 2 GPUs": FromDisk("ViT-B/2", 2),
+}
+"""By name. Each GPU takes the variant's images a step."""
+
+FILE_IMAGES = 80_000
+"""Of the file of latents, in the layout of `repro.latents`: 2.6 GB for 4 x 32 x 32."""
 
 
 class PlainGroupNorm(GroupNorm):
@@ -239,13 +274,18 @@ def forward_rates(forwards: float, flops: float, matmul: float) -> dict[str, flo
     }
 
 
+def training_of(variant: Variant, gpus: int = 1) -> config.Config:
+    """The training that is measured: of a variant's network, with the settings of the lab's UNet."""
+    lab = presets.PRESETS["lab/celeba64-unet"]
+    settings = replace(lab.train, batch=variant.batch * gpus, cuda_graphs=variant.cuda_graphs)
+    return replace(lab, model=variant.model, data=variant.data or lab.data, train=settings)
+
+
 def measure(name: str, only_compile: bool = False) -> dict:
     """Compile one variant, and time it; where it was compiled before, its kernels are found on the disk."""
     variant = VARIANTS[name]
-    lab = presets.PRESETS["lab/celeba64-unet"]
-    batch = variant.batch
-    settings = replace(lab.train, batch=batch, cuda_graphs=variant.cuda_graphs)
-    run = replace(lab, model=variant.model, data=variant.data or lab.data, train=settings)
+    run = training_of(variant)
+    batch, settings = variant.batch, run.train
     torch.backends.cudnn.benchmark = not only_compile
     torch.backends.cudnn.benchmark_limit = settings.cudnn_plans
     place = train.Place(0, 1, torch.device("cuda"))
@@ -306,6 +346,78 @@ def measure(name: str, only_compile: bool = False) -> dict:
         "gpu_busy_ms": busy,
         "gpu_busy_shares": {kind: round(share, 4) for kind, share in shares.items()},
         "largest_kernels_ms": top,
+    }
+
+
+def write_latents(path: Path, run: config.Config, images: int = FILE_IMAGES) -> None:
+    """Write random moments as `repro.latents` lays them out, and let the system forget the file's pages."""
+    shape = _latents_shape(run, images)
+    with open(path, "wb") as file:
+        for first in range(0, images, 5000):
+            some = torch.randn(min(5000, images - first), *shape[1:], device=train.find_place().device)
+            file.write(some.half().cpu().numpy().tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _latents_shape(run: config.Config, images: int) -> tuple[int, ...]:
+    return (images, 2, 2 * run.data.channels, run.data.resolution, run.data.resolution)
+
+
+def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict | None:
+    """Time training steps on the latents in `path`, read as `repro.train` reads what no GPU can hold.
+
+    Images a second of all processes by the wall clock, over a first pass through the file, in a random order,
+    and over a second, whose pages the system may have kept. Nothing but for the first process.
+    """
+    how = FROM_DISK[name]
+    run = training_of(VARIANTS[how.variant], how.gpus)
+    torch.backends.cudnn.benchmark = True
+    place = train.find_place("cuda")
+    trainer = train.Trainer(run, place)
+    moments = np.memmap(path, np.float16, "r", shape=_latents_shape(run, images))
+    labels = np.arange(images) % max(run.data.classes, 1)
+    real = data.Dataset(name, moments, labels, [""] * run.data.classes, {})
+    batches = train.Batches(real, np.arange(images), run.train, place)
+    batches.resident = None  # as the latents of all of ImageNet, 42 GB
+    generator = torch.Generator(place.device)
+
+    with closing(trainer), ThreadPoolExecutor(1) as loader:
+        upcoming = loader.submit(batches.fetch, 0)
+
+        def steps(count: int) -> float:
+            nonlocal upcoming
+            torch.cuda.synchronize()
+            if place.world > 1:
+                torch.distributed.barrier()
+            began = time.perf_counter()
+            for _ in range(count):
+                y, some = upcoming.result()
+                upcoming = loader.submit(batches.fetch, trainer.step + 1)
+                trainer.train_step(y, some, train.draw(run, trainer.step, place, generator))
+            torch.cuda.synchronize()
+            return count * run.train.batch / (time.perf_counter() - began)
+
+        steps(cuda_graph.WARM_UP + 3)
+        a_pass = (images - trainer.images) // run.train.batch - 1
+        first = steps(a_pass)
+        steps(-(-images // run.train.batch) - a_pass)  # until every page has been read
+        again = steps(a_pass)
+        upcoming.cancel()
+    if not place.first:
+        return None
+    return {
+        "name": name,
+        "variant": how.variant,
+        "gpus": place.world,
+        "batch": run.train.batch,
+        "images": images,
+        "image_bytes": int(moments[0].nbytes),
+        "steps": a_pass,
+        "first_pass_images_per_second": first,
+        "second_pass_images_per_second": again,
     }
 
 
@@ -389,25 +501,32 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
 
 
 def main(
-    out: Path, variants: tuple[str, ...] = (), one: str | None = None, only_compile: bool = False
+    out: Path,
+    variants: tuple[str, ...] = (),
+    one: str | None = None,
+    only_compile: bool = False,
+    latents: Path | None = None,
 ) -> None:
-    """Measure variants of the UNet at 64 x 64, or sampling, and write a JSON file.
+    """Measure variants of networks that train, or sampling, and write a JSON file.
 
     Args:
         out: File to write, anew after each variant.
-        variants: Names of `VARIANTS` or `SAMPLING`; by default all of the first.
+        variants: Names of `VARIANTS`, `SAMPLING` or `FROM_DISK`; by default all of the first.
         one: Used by the program itself for the process of one variant.
         only_compile: Used by the program itself: leave the variant compiled on the disk.
+        latents: Used by the program itself: the file of latents to train on.
     """
     if one:
-        work = measure_sampling if one in SAMPLING else measure
-        files.write_json(out, work(one, only_compile))
+        if one in FROM_DISK:
+            found = measure_from_disk(one, latents)
+        else:
+            found = (measure_sampling if one in SAMPLING else measure)(one, only_compile)
+        if found is not None:
+            files.write_json(out, found)
         return
-    names = variants or tuple(VARIANTS)
-    if unknown := [name for name in names if name not in {**VARIANTS, **SAMPLING}]:
-        raise SystemExit(
-            f"there is nothing called {unknown[0]!r} to measure; known: {', '.join([*VARIANTS, *SAMPLING])}"
-        )
+    names, known = variants or tuple(VARIANTS), {**VARIANTS, **SAMPLING, **FROM_DISK}
+    if unknown := [name for name in names if name not in known]:
+        raise SystemExit(f"there is nothing called {unknown[0]!r} to measure; known: {', '.join(known)}")
     about = {
         "device": evaluate.device_name("cuda"),
         "versions": train.versions(),
@@ -416,11 +535,25 @@ def main(
     }
     results, failed = [], []
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "repro.bench", "--out", str(Path(folder) / "one.json"), "--one"]
-        for compiling in [subprocess.Popen([*command, name, "--only-compile"]) for name in names]:
+        command = ["-m", "repro.bench", "--out", str(Path(folder) / "one.json"), "--one"]
+        compilings = [
+            subprocess.Popen([sys.executable, *command, name, "--only-compile"])
+            for name in names
+            if name not in FROM_DISK
+        ]
+        for compiling in compilings:
             compiling.wait()
         for name in names:
-            if subprocess.run([*command, name]).returncode:
+            starter, more = [sys.executable], []
+            if name in FROM_DISK:
+                how = FROM_DISK[name]
+                path = Path(folder) / "moments.f16"
+                write_latents(path, training_of(VARIANTS[how.variant]))
+                more = ["--latents", str(path)]
+                if how.gpus > 1:
+                    starter += ["-m", "torch.distributed.run", "--standalone"]
+                    starter += ["--nproc-per-node", str(how.gpus)]
+            if subprocess.run([*starter, *command, name, *more]).returncode:
                 failed.append(name)
                 continue
             results.append(json.loads((Path(folder) / "one.json").read_text()))

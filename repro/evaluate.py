@@ -424,9 +424,36 @@ def batches(images: np.ndarray, batch: int, device: str | torch.device) -> Itera
 def features_of(
     network: nn.Module, images: Iterable[UInt8[Tensor, "n 3 h w"]]
 ) -> Iterable[Float[Tensor, "n d"]]:
-    """Features of each batch of images, float32."""
+    """Features of each batch of images, float32.
+
+    On a GPU by a stream of their own, and given out when the next batch has been drawn: meanwhile the GPU
+    does both, and has work where drawing waits for noise.
+    """
+    before = stream = None
     for batch in images:
-        yield network(batch).float()
+        if not batch.is_cuda:
+            yield network(batch).float()
+            continue
+        main = torch.cuda.current_stream(batch.device)
+        if before is not None:
+            yield _ready(*before, main)
+        stream = stream or torch.cuda.Stream(batch.device)
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            features = network(batch).float()
+            before = features, stream.record_event()
+        batch.record_stream(stream)
+    if before is not None:
+        yield _ready(*before, main)
+
+
+def _ready(
+    features: Float[Tensor, "n d"], event: torch.cuda.Event, stream: torch.cuda.Stream
+) -> Float[Tensor, "n d"]:
+    """`features` for use by `stream`, which waits until they are there."""
+    stream.wait_event(event)
+    features.record_stream(stream)
+    return features
 
 
 def all_features(network: nn.Module, images: np.ndarray, device: str | torch.device) -> Float[Tensor, "n d"]:

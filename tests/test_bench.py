@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -241,3 +242,39 @@ def test_weights_that_start_at_0_are_filled_and_others_kept():
     kept = net[0].weight.clone()
     bench.fill_zeros(net)
     assert torch.equal(net[0].weight, kept) and net[1].weight.all() and net[1].weight.abs().max() < 0.2
+
+
+def test_training_from_disk_reads_each_image_of_the_file_in_turn(tmp_path, monkeypatch):
+    """On a CPU, with a small network: the steps of a pass see all images once, and the rates are of steps."""
+    small = bench.Variant(
+        config.ViT(patch=2, width=32, depth=1, heads=2),
+        config.Data("imagenet256", resolution=4, channels=4, classes=10, autoencoder="paper/sd-vae-ft-mse"),
+        batch=8,
+    )
+    run = bench.training_of(small)
+    run = dataclasses.replace(run, train=dataclasses.replace(run.train, compile=False))
+    images = 99
+    monkeypatch.setattr(bench, "training_of", lambda variant, gpus=1: run)
+    monkeypatch.setattr(bench.train, "find_place", lambda *_: bench.train.Place(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    path = tmp_path / "moments.f16"
+    bench.write_latents(path, run, images)
+    assert path.stat().st_size == images * 2 * 8 * 4 * 4 * 2  # two views, means and log variances, float16
+    written = torch.from_numpy(np.fromfile(path, np.float16).reshape(images, -1).astype(np.float32))
+    seen, step = [], bench.train.Trainer.train_step
+
+    def train_step(trainer, y, labels, numbers):
+        rows = (written[:, None] == y.flatten(1)).all(2).int()
+        assert (rows.sum(0) == 1).all() and torch.equal(rows.argmax(0) % 10, labels)
+        seen.extend(rows.argmax(0).tolist())
+        return step(trainer, y, labels, numbers)
+
+    monkeypatch.setattr(bench.train.Trainer, "train_step", train_step)
+    found = bench.measure_from_disk("ViT-B/2 from disk", path, images)
+    assert (found["gpus"], found["batch"], found["image_bytes"]) == (1, 8, 2 * 8 * 4 * 4 * 2)
+    assert len(set(seen[:images])) == images and set(seen[-8 * found["steps"] :]) <= set(range(images))
+    again = seen[images : 2 * images]
+    assert len(set(again)) == len(again)
+    warm_up = bench.cuda_graph.WARM_UP + 3
+    assert warm_up * 8 + found["steps"] * 8 < images  # the first pass that is timed reads no image twice
+    assert found["first_pass_images_per_second"] > 0 and found["second_pass_images_per_second"] > 0
