@@ -305,10 +305,13 @@ def measure(name: str, only_compile: bool = False) -> dict:
     def step():
         trainer.train_step(learned, labels, numbers)
 
+    sigma = torch.tensor(1.0, device="cuda")
+    denoise = sample.captured(trainer.ema_denoiser) if variant.cuda_graphs else trainer.ema_denoiser
+
     @torch.no_grad()
     def forward():
         with torch.autocast("cuda", torch.bfloat16):
-            trainer.ema_denoiser(y, torch.tensor(1.0), labels)
+            denoise(y, sigma, labels)
 
     began = time.perf_counter()
     for work in (step, forward) if variant.forward else (step,):

@@ -266,6 +266,28 @@ class GradientMean:
             p.grad = share
 
 
+LARGE = 2**18
+"""Numbers from which on a tensor is worth a kernel of its own."""
+
+
+def follow(average: list[Tensor], parameters: list[Tensor], share: Float[Tensor, ""]) -> None:
+    """Move each average by `share` of the way to its parameter, in place; nothing waits for a GPU.
+
+    Large tensors in one pass each, the many small ones together in three.
+    """
+    small = []
+    for mean, parameter in zip(average, parameters, strict=True):
+        if parameter.numel() >= LARGE:
+            mean.lerp_(parameter, share)
+        else:
+            small.append((mean, parameter))
+    if small:
+        means, some = zip(*small, strict=True)
+        changes = torch._foreach_sub(some, means)
+        torch._foreach_mul_(changes, share)
+        torch._foreach_add_(means, changes)
+
+
 class Trainer:
     """Everything that a step changes, and how it is saved and restored.
 
@@ -451,9 +473,7 @@ class Trainer:
         self.optimizer.step()
         with torch.no_grad():
             for share, average in zip(self.ema_shares, self.averages.values(), strict=True):
-                changes = torch._foreach_sub(self.parameters, average)
-                torch._foreach_mul_(changes, share)
-                torch._foreach_add_(average, changes)
+                follow(average, self.parameters, share)
         return total
 
     def _replay(self, given: tuple[Tensor, ...]) -> Float[Tensor, ""]:

@@ -1162,3 +1162,17 @@ def test_a_missing_gpu_is_said(monkeypatch):
 def test_an_unknown_device_names_the_known_ones(device):
     with pytest.raises(ReproError, match=f"unknown device '{device}'; known are cpu, cuda and cuda:N"):
         train.find_place(device)
+
+
+def test_averages_follow_small_and_large_tensors_alike(monkeypatch):
+    """Large ones by themselves, small ones together: the same arithmetic, to a rounding."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (3, 2000, 17, 4000)
+    average, parameters = ([torch.randn(size, generator=generator) for size in sizes] for _ in range(2))
+    expected = [a + 0.125 * (p - a) for a, p in zip(average, parameters, strict=True)]
+    for large in (0, 1000, 10**9):
+        found = [a.clone() for a in average]
+        monkeypatch.setattr(train, "LARGE", large)
+        train.follow(found, parameters, torch.tensor(0.125))
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-7)

@@ -124,8 +124,11 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n k d"]:
         """[n, c, h, w] to [n, (h / p) (w / p), d]."""
-        x = self.proj(x)  # [n, d, h / p, w / p]
-        return x.flatten(2).transpose(1, 2)  # [n, k, d]
+        p = self.proj.stride[0]
+        x = x.unflatten(3, (-1, p)).unflatten(2, (-1, p))  # [n, c, h / p, p, w / p, p]
+        x = x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)  # [n, k, c p p]
+        # the convolution as one matrix product: cuDNN would pad few channels to many
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)  # [n, k, d]
 
 
 class Block(nn.Module):
