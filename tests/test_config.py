@@ -57,6 +57,11 @@ def uniform(**options) -> dict:
         (lambda c: c["train"].update(batch=0), "must be positive"),
         (lambda c: c["weight"].update(name="min_snr_5"), "weight.name"),
         (lambda c: c["model"].update(heads=4, head_channels=64), "exactly one of head_channels and heads"),
+        (lambda c: c["model"].update(transformer_depth=1), "transformer_depth and context_width are given"),
+        (lambda c: c["model"].update(context_width=8), "transformer_depth and context_width are given"),
+        (lambda c: c["model"].update(transformer_depth=0, context_width=8), "transformer_depth"),
+        (lambda c: c["model"].update(transformer_depth=1, context_width=0), "context_width"),
+        (lambda c: c["model"].update(transformer_depth=1, context_width=8), "it needs data.classes"),
         (lambda c: c["sample"].update(eta=1.0), "eta is an option of the ancestral sampler"),
         (lambda c: c["sample"].update(sampler="ancestral", churn=1.0), "churn is an option of the heun"),
         (lambda c: c["sample"].update(order=2), "order and multistep are options of dpm_solver"),
@@ -122,7 +127,9 @@ def test_a_configuration_from_before_an_option_means_what_it_meant():
     del values["min_snr_factor"], values["train"]["micro_batch"], values["train"]["also_ema_halflife_images"]
     for option in ("grid", "grid_sections", "clip"):
         del values["sample"][option]
-    assert config.from_json(values) == run
+    for option in ("transformer_depth", "context_width"):
+        del values["model"][option]
+    assert config.from_json(values) == run and runs.differences(config.from_json(values), run) == []
     assert config.sample_from_json(values["sample"]) == run.sample
 
 
