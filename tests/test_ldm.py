@@ -22,22 +22,10 @@ from test_unet import (
     scramble,
 )
 
-from repro import config
+from repro import presets
 from repro.models.unet import ADMUNet, SpatialTransformer, TransformerBlock
 
-# the configuration cin-ldm-vq-f8.yaml of CompVis/latent-diffusion
-LDM8 = config.UNet(
-    channels=256,
-    multipliers=(1, 2, 4),
-    blocks=2,
-    attention=(8, 16, 32),
-    heads=None,
-    head_channels=32,
-    scale_shift_norm=False,
-    resample_in_blocks=False,
-    transformer_depth=1,
-    context_width=512,
-)
+LDM8, LATENTS = presets.LDM_UNET
 SMALL = dataclasses.replace(TINY, **LDM)
 
 
@@ -80,7 +68,7 @@ def by_hand(base=256, time=1024, context=512):
 
 
 def test_parameters_of_ldm_8_are_the_published_395m():
-    net = on_meta(LDM8, 32, 4, classes=1000)
+    net = on_meta(LDM8, LATENTS.resolution, LATENTS.channels, LATENTS.classes)
     table = 1001 * 512
     assert count(net) - table == by_hand() == 394_984_196
     assert round(count(net) / 1e6) == round(by_hand() / 1e6) == 395
