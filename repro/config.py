@@ -51,7 +51,8 @@ class _SplitsHeads:
 
 @dataclass(frozen=True, config=strict)
 class UNet(_SplitsHeads):
-    """The UNet of ADM (Dhariwal and Nichol 2021)."""
+    """The UNet of ADM (Dhariwal and Nichol 2021), or that of LDM (Rombach et al. 2022) where it has
+    transformers."""
 
     kind: Literal["unet"] = "unet"
     channels: int = 192
@@ -71,8 +72,20 @@ class UNet(_SplitsHeads):
     resample_in_blocks: bool = True
     """Halve and double inside residual blocks, rather than by strided and plain convolutions."""
     dropout: Share = 0.0
+    """In residual blocks."""
     null_class: bool = True
     """One more class, the last, that means "no label"."""
+    transformer_depth: Annotated[int, Field(ge=1)] | None = None
+    """Blocks of the transformer that takes the place of each self-attention, as in LDM (none: ADM's)."""
+    context_width: Annotated[int, Field(ge=1)] | None = None
+    """Width of the token of the class, to which these transformers attend; the class then enters nowhere
+    else."""
+
+    @model_validator(mode="after")
+    def _transformers_attend_to_a_class(self):
+        if (self.transformer_depth is None) != (self.context_width is None):
+            raise ValueError("transformer_depth and context_width are given together")
+        return self
 
 
 @dataclass(frozen=True, config=strict)
@@ -347,6 +360,8 @@ class Config:
     def _parts_fit_each_other(self):
         if self.train.label_drop and not (self.data.classes and getattr(self.model, "null_class", False)):
             raise ValueError("train.label_drop needs data.classes and model.null_class")
+        if self.model.kind == "unet" and self.model.context_width and not self.data.classes:
+            raise ValueError("model.context_width is that of a class token: it needs data.classes")
         if self.model.kind == "vit" and self.schedule.name == "edm":
             raise ValueError("a vit's time table needs a schedule of counted steps, not edm")
         if self.model.kind not in DRAWS and (self.min_snr_factor or self.train.also_ema_halflife_images):

@@ -542,11 +542,83 @@ U-ViT-S (Bao et al. 2022), since the table's 6 do not divide its width."""
 ABLATION_UNET = (UNet(channels=192, multipliers=(1, 2, 2, 2), blocks=3, attention=(8, 16), heads=4), _latents)
 """The UNet of the supplement's section 3.1 for ablations, with data."""
 
+LDM_UNET = (
+    UNet(
+        channels=256,
+        multipliers=(1, 2, 4),
+        blocks=2,
+        attention=(8, 16, 32),
+        heads=None,
+        head_channels=32,
+        scale_shift_norm=False,
+        resample_in_blocks=False,
+        transformer_depth=1,
+        context_width=512,
+    ),
+    _latents,
+)
+"""The UNet that the supplement's section 3.1 names for ImageNet 256 x 256, with data: LDM's, of 395M
+parameters (Rombach et al. 2022; configuration cin-ldm-vq-f8.yaml of CompVis/latent-diffusion)."""
+
+# Settings of the supplement's section 3 that none of its figures has ------------------------------------
+
+_paper_celeba64_vit = replace(
+    _paper_celeba64_unet,
+    name="paper/celeba64-vit",
+    model=TABLE_1["ViT-Small"][0],
+    train=replace(_paper_celeba64_unet.train, betas=(0.99, 0.99)),
+    note="ViT-Small on CelebA. By the supplement: layers, width, betas, Heun. Those of U-ViT-S/4 on CelebA "
+    "(Bao et al. 2022): 8 heads, as the supplement's 6 do not divide the width, patch, batch, iterations, "
+    "learning rate, weight decay and warm-up. Ours: target, average, clipped gradients, bfloat16; 30 steps, "
+    "which the supplement states for its ablations.",
+)
+
+_paper_imagenet256_vit_base = replace(
+    _paper_imagenet256_vit,
+    name="paper/imagenet256-vit-base",
+    model=TABLE_1["ViT-Base"][0],
+    train=replace(_paper_imagenet256_vit.train, images=256 * 1_000_000),
+    sample=Sample(steps=30, guidance=1.5),
+    evaluate=replace(
+        _paper_imagenet256_vit.evaluate,
+        at=tuple(256 * 100_000 * n for n in range(1, 11)),
+        also=(Sample(steps=30),),
+    ),
+    note="The default of the paper's ablations. By the supplement: ViT-Base, latents, 30 Heun steps, betas. "
+    "As in the authors' released code for ViT-XL: autoencoder, patch, target, learning rate, weight decay, "
+    "batch, label drop, average, guidance. Ours: iterations, which the supplement leaves to the paper; "
+    "distances without guidance too; and, as for Figure 12, latents drawn from their distribution, of "
+    "mirrored images too, bfloat16, clipped gradients.",
+)
+
+_paper_imagenet256_unet_ablation = replace(
+    _paper_imagenet256_vit_base,
+    name="paper/imagenet256-unet-ablation",
+    model=ABLATION_UNET[0],
+    train=replace(_paper_imagenet256_vit_base.train, betas=(0.9, 0.999)),
+    note="The UNet of the paper's ablations, which has 129M parameters here. By the supplement: widths, "
+    "blocks, attention, heads, 30 Heun steps, betas; it calls its parameters close to ViT-Base's 88M. As in "
+    "ADM (Dhariwal and Nichol 2021): scale and shift, resampling in residual blocks. Ours: no dropout, and "
+    "the rest as for paper/imagenet256-vit-base.",
+)
+
+_paper_imagenet256_unet = replace(
+    _paper_imagenet256_vit,
+    name="paper/imagenet256-unet",
+    model=LDM_UNET[0],
+    train=replace(_paper_imagenet256_vit.train, betas=(0.9, 0.999)),
+    note="LDM's UNet on ImageNet 256. By the supplement: its 395M parameters, 4 x 32 x 32 latents, 50 Heun "
+    "steps, betas. By LDM's configuration (Rombach et al. 2022): the network. Ours: the rest as for the ViT "
+    "of Figure 12, iterations too; so the latents are of Stable Diffusion's autoencoder, where LDM's own "
+    "quantizes.",
+)
+
 PRESETS: dict[str, Config] = {
     preset.name: preset
     for preset in (
         _lab_celeba64_unet,
         _paper_celeba64_unet,
+        _paper_celeba64_vit,
         _lab_imagenet64_classifier,
         _paper_imagenet64_classifier,
         *_arms(),
@@ -559,6 +631,9 @@ PRESETS: dict[str, Config] = {
         _lab_autoencoder,
         _lab_latent_vit,
         _paper_imagenet256_vit,
+        _paper_imagenet256_vit_base,
+        _paper_imagenet256_unet_ablation,
+        _paper_imagenet256_unet,
     )
 }
 

@@ -57,6 +57,11 @@ def uniform(**options) -> dict:
         (lambda c: c["train"].update(batch=0), "must be positive"),
         (lambda c: c["weight"].update(name="min_snr_5"), "weight.name"),
         (lambda c: c["model"].update(heads=4, head_channels=64), "exactly one of head_channels and heads"),
+        (lambda c: c["model"].update(transformer_depth=1), "transformer_depth and context_width are given"),
+        (lambda c: c["model"].update(context_width=8), "transformer_depth and context_width are given"),
+        (lambda c: c["model"].update(transformer_depth=0, context_width=8), "transformer_depth"),
+        (lambda c: c["model"].update(transformer_depth=1, context_width=0), "context_width"),
+        (lambda c: c["model"].update(transformer_depth=1, context_width=8), "it needs data.classes"),
         (lambda c: c["sample"].update(eta=1.0), "eta is an option of the ancestral sampler"),
         (lambda c: c["sample"].update(sampler="ancestral", churn=1.0), "churn is an option of the heun"),
         (lambda c: c["sample"].update(order=2), "order and multistep are options of dpm_solver"),
@@ -122,7 +127,9 @@ def test_a_configuration_from_before_an_option_means_what_it_meant():
     del values["min_snr_factor"], values["train"]["micro_batch"], values["train"]["also_ema_halflife_images"]
     for option in ("grid", "grid_sections", "clip"):
         del values["sample"][option]
-    assert config.from_json(values) == run
+    for option in ("transformer_depth", "context_width"):
+        del values["model"][option]
+    assert config.from_json(values) == run and runs.differences(config.from_json(values), run) == []
     assert config.sample_from_json(values["sample"]) == run.sample
 
 
@@ -342,3 +349,63 @@ def test_the_lab_networks_of_figures_10_and_11_fit_into_32_megabytes(name):
     assert dataclasses.replace(run.sample, guidance=1.0) == plain
     assert run.train.cuda_graphs and run.data.holdout == 1000
     assert f"{18_494 - run.data.holdout:,} images of 20 classes" in run.note
+
+
+# The other settings of the supplement's section 3
+
+
+@pytest.mark.parametrize("kind, betas", [("unet", (0.9, 0.999)), ("vit", (0.99, 0.99))])
+def test_betas_of_the_papers_backbones(kind, betas):
+    """Section 3.2."""
+    of_kind = [run for run in presets.PRESETS.values() if run.model.kind == kind]
+    assert {run.train.betas for run in of_kind if run.name.startswith("paper/")} == {betas}
+
+
+@pytest.mark.parametrize(
+    "vit, unet",
+    [
+        ("celeba64-vit", "celeba64-unet"),
+        ("imagenet256-vit-base", "imagenet256-unet-ablation"),
+        ("imagenet256-vit", "imagenet256-unet"),
+    ],
+)
+def test_backbones_on_the_same_data_differ_in_the_network_and_betas_alone(vit, unet):
+    one, other = (presets.preset(f"paper/{name}") for name in (vit, unet))
+    assert (one.model.kind, other.model.kind) == ("vit", "unet")
+    differ = {name for name in runs.differences(one, other) if not name.startswith("model.")}
+    assert differ == {"name", "note", "train.betas"}
+
+
+@pytest.mark.parametrize("name", ["imagenet256-vit-base", "imagenet256-unet-ablation"])
+def test_the_ablations_differ_from_figure_12_in_network_steps_and_length(name):
+    run, figure = (presets.preset(f"paper/{other}") for other in (name, "imagenet256-vit"))
+    differ = {key for key in runs.differences(run, figure) if not key.startswith("model.")}
+    differ -= {"train.betas"}
+    assert differ == {"name", "note", "train.images", "sample.steps", "evaluate.at", "evaluate.also"}
+    assert (run.parameterization, run.weight) == ("x0", config.Weight("min_snr", gamma=5.0))
+    assert (run.sample.sampler, run.sample.steps, figure.sample.steps) == ("heun", 30, 50)  # section 3.3
+    assert run.evaluate.also == (dataclasses.replace(run.sample, guidance=1.0),)
+    assert run.evaluate.at[-1] == run.train.images
+
+
+def test_celeba_with_vit_small_is_trained_as_u_vit():
+    """Bao et al. 2022: batch 128, 500K steps, warm-up of 5,000, learning rate 2e-4, weight decay 0.03."""
+    train = presets.preset("paper/celeba64-vit").train
+    assert (train.images, train.batch, train.warmup_images) == (64_000_000, 128, 640_000)
+    assert (train.lr, train.weight_decay) == (2e-4, 0.03)
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [
+        ("celeba64-vit", 41.7),  # Table 1: 43, which has 4,000 rows of time
+        ("imagenet256-vit-base", 86.8),  # Table 1: 88, which has them too, and no classes
+        ("imagenet256-unet-ablation", 129.1),  # section 3.1: close to ViT-Base
+        ("imagenet256-unet", 395.5),  # section 3.1: 395, besides the table of classes
+    ],
+)
+def test_parameters_of_the_other_settings(name, millions):
+    run = presets.preset(f"paper/{name}")
+    assert parameters(run) == pytest.approx(millions * 1e6, abs=0.05e6)
+    if name == "imagenet256-unet-ablation":
+        assert f"has {millions:.0f}M parameters here" in run.note

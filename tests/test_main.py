@@ -418,7 +418,7 @@ def test_an_unknown_preset_is_one_line_in_a_process_of_its_own(home):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         "error: there is no preset 'lab/celeba64-unte'. Near ones: lab/celeba64-unet, paper/celeba64-unet, "
-        "lab/imagenet64-unet. All: python -m repro presets\n"
+        "paper/celeba64-vit. All: python -m repro presets\n"
     )
 
 

@@ -138,6 +138,14 @@ def test_every_kind_of_network_can_be_planned(name):
     assert found.kept > 1e6 and found.forward_flops > 1e8
 
 
+def test_the_plan_of_ldms_network():
+    """The arithmetic is what torch's counter finds of diffusers' UNet2DConditionModel of the same sizes."""
+    found = plan.plan(presets.preset("paper/imagenet256-unet"))
+    assert found.forward_flops == 114_077_204_480
+    assert found.parameters == 394_984_196 + 1001 * 512
+    assert found.steps == 7_000_000 and found.kept > 256 * 100 * 2**20
+
+
 def test_a_dry_run_prints_and_does_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("REPRO_DATA", str(tmp_path / "nothing"))

@@ -22,6 +22,7 @@ from repro.models.unet import (
     OutputConvolution,
     Resample,
     ResidualBlock,
+    SpatialTransformer,
     sinusoids,
 )  # fmt: skip
 
@@ -37,6 +38,8 @@ ADM64 = config.UNet(
     null_class=False,
 )
 TINY = config.UNet(channels=32, multipliers=(1, 2), blocks=1, attention=(4,), heads=2)
+LDM = dict(scale_shift_norm=False, resample_in_blocks=False, transformer_depth=1, context_width=12)
+"""What makes of it an LDM's network, which `test_ldm` tests."""
 
 
 def on_meta(
@@ -185,11 +188,11 @@ def test_group_norm_of_bfloat16_is_computed_in_float32():
 # Against plain primitives, written from the published description of the network
 
 
-def plain_norm(x, norm):
+def plain_norm(x, norm, eps=1e-5):
     n, c, height, width = x.shape
     grouped = x.reshape(n, 32, -1)
     centred = grouped - grouped.mean(-1, keepdim=True)
-    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    normal = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
     return normal.reshape(n, c, height, width) * norm.weight[:, None, None] + norm.bias[:, None, None]
 
 
@@ -247,9 +250,13 @@ def plain_attention(block, x, heads):
     return x + out.transpose(1, 2).reshape(n, c, height, width)
 
 
-def plain_unet(net, model, x, t, labels):
-    """The whole network. Only parameters are taken from `net`, in the order of its blocks."""
-    found = [m for m in net.modules() if isinstance(m, ResidualBlock | Attention | Resample)]
+def plain_unet(net, model, x, t, labels, attend=plain_attention):
+    """The whole network. Only parameters are taken from `net`, in the order of its blocks.
+
+    labels: those whose embedding is added to the time's. attend: what stands where attention does.
+    """
+    kinds = ResidualBlock | Attention | SpatialTransformer | Resample
+    found = [m for m in net.modules() if isinstance(m, kinds)]
     inside = {id(block.resample) for block in found if isinstance(block, ResidualBlock)}
     blocks = iter([block for block in found if id(block) not in inside])
     half = model.channels // 2
@@ -268,7 +275,7 @@ def plain_unet(net, model, x, t, labels):
 
     def attention(h):
         heads = model.heads or h.shape[1] // model.head_channels
-        return plain_attention(next(blocks), h, heads)
+        return attend(next(blocks), h, heads)
 
     def resampled(h, factor):
         if model.resample_in_blocks:
@@ -517,8 +524,9 @@ def test_the_output_of_a_network_in_bfloat16_is_not_rounded_to_it():
     assert y.dtype == torch.float32 and (y != y.bfloat16().float()).float().mean() > 0.9
 
 
-def test_compiles_to_one_graph():
-    net = tiny()
+@pytest.mark.parametrize("changes", [{}, {"transformer_depth": 1, "context_width": 12}])
+def test_compiles_to_one_graph(changes):
+    net = tiny(**changes)
     x = noise(3, 3, 8, 8)
     jaxtyping.config.update("jaxtyping_disable", True)  # its checks, installed for the tests, break graphs
     torch.compiler.reset()
@@ -556,8 +564,8 @@ def test_labels_it_cannot_take():
         tiny(null_class=False)(x, TIMES, None)
 
 
-@pytest.mark.parametrize("in_blocks", [True, False])
-def test_every_convolution_finds_and_leaves_its_maps_channels_last(in_blocks):
+@pytest.mark.parametrize("changes", [{}, {"resample_in_blocks": False}, LDM])
+def test_every_convolution_finds_and_leaves_its_maps_channels_last(changes):
     """A map in the other order would be copied before each convolution, which costs as much as a norm."""
     wrong, seen = [], Counter()
 
@@ -579,9 +587,7 @@ def test_every_convolution_finds_and_leaves_its_maps_channels_last(in_blocks):
             )
             return results
 
-    net = (
-        tiny(channels=32, resample_in_blocks=in_blocks).float().to(memory_format=torch.channels_last).train()
-    )
+    net = tiny(**changes).float().to(memory_format=torch.channels_last).train()
     x = noise(2, 3, 8, 8).float().contiguous(memory_format=torch.channels_last)
     with Watch():
         net(x, torch.zeros(2)).square().sum().backward()

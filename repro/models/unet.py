@@ -1,7 +1,8 @@
 """The UNet of ADM (Dhariwal and Nichol 2021, section 3; class `UNetModel` of openai/guided-diffusion).
 
-`ResidualBlock`, `Attention` and `Resample` are the blocks; `ADMUNet` and `NoisyClassifier` wire them. The
-LDM UNet can be another wiring of the same blocks.
+`ResidualBlock`, `Attention` and `Resample` are the blocks; `ADMUNet` and `NoisyClassifier` wire them. LDM's
+UNet (Rombach et al. 2022; `UNetModel` of CompVis/latent-diffusion) is the same wiring with a
+`SpatialTransformer` for each `Attention`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from repro import config
 from repro.files import ReproError
 from repro.models.norm import GroupNorm
+from repro.models.vit import LayerNorm
 
 
 class Map(NamedTuple):
@@ -157,6 +159,80 @@ class Attention(nn.Module):
         return Map(x, h.offset + self.proj.bias, (mixed,))
 
 
+class SpatialTransformer(nn.Module):
+    """A transformer over the pixels of a feature map, which also attends to a context (Rombach et al. 2022,
+    appendix E.2.1; class `SpatialTransformer` of CompVis/latent-diffusion). Starts as the identity.
+
+    norm; a linear layer; `depth` blocks; a linear layer, zero at the start; plus the input. Raises
+    `ReproError` where `heads` do not divide the channels.
+    """
+
+    def __init__(self, channels: int, heads: int, depth: int, context_width: int):
+        super().__init__()
+        if channels % heads:
+            raise ReproError(
+                f"{channels} channels cannot be split into {heads} attention heads of equal width"
+            )
+        self.norm = GroupNorm(channels, eps=1e-6)
+        self.proj_in = nn.Linear(channels, channels)
+        self.blocks = nn.ModuleList(TransformerBlock(channels, heads, context_width) for _ in range(depth))
+        self.proj_out = zeroed(nn.Linear(channels, channels))
+
+    def forward(self, h: Map, context: Float[Tensor, "n k e"]) -> Map:
+        """Attend over all pixels and to all tokens of `context`, block by block."""
+        n, c, height, width = h.x.shape
+        tokens, (x,) = self.norm.beside(h.x, more=h.more, offset=h.offset)
+        tokens = self.proj_in(tokens.permute(0, 2, 3, 1).reshape(n, height * width, c))  # n hw c
+        for block in self.blocks:
+            tokens = block(tokens, context)
+        out = F.linear(tokens, self.proj_out.weight).view(n, height, width, c).permute(0, 3, 1, 2)
+        return Map(x, h.offset + self.proj_out.bias, (out,))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to a context and a gated MLP, each after a norm, added to its input."""
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.norm_self = LayerNorm(width)
+        self.attend_self = CrossAttention(width, heads, width)
+        self.norm_context = LayerNorm(width)
+        self.attend_context = CrossAttention(width, heads, context_width)
+        self.norm_mlp = LayerNorm(width)
+        self.gated = nn.Linear(width, 8 * width)  # the hidden layer, then its gate
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, x: Float[Tensor, "n s d"], context: Float[Tensor, "n k e"]) -> Float[Tensor, "n s d"]:
+        """[n, s, d] to [n, s, d]."""
+        z = self.norm_self(x)
+        x = x + self.attend_self(z, z)
+        x = x + self.attend_context(self.norm_context(x), context)
+        hidden, gate = self.gated(self.norm_mlp(x)).chunk(2, dim=2)  # two of [n, s, 4 d]
+        return x + self.mlp_out(hidden * F.gelu(gate))  # GEGLU (Shazeer 2020)
+
+
+class CrossAttention(nn.Module):
+    """Attention of tokens to others, or to themselves; only the last of its projections has a bias.
+
+    To a single token, as that of a class, all attend alike: queries, keys and the norm before have no effect
+    then. They are kept, since they are parameters of the published network.
+    """
+
+    def __init__(self, width: int, heads: int, context_width: int):
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width, bias=False)
+        self.kv = nn.Linear(context_width, 2 * width, bias=False)  # keys, then values
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "n s d"], context: Float[Tensor, "n k e"]) -> Float[Tensor, "n s d"]:
+        """[n, s, d] and what they attend to, [n, k, e], to [n, s, d]."""
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # n heads s d/heads
+        k, v = self.kv(context).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)  # n heads k d/heads
+        mixed = F.scaled_dot_product_attention(q, k, v)  # n heads s d/heads
+        return self.proj(mixed.transpose(1, 2).flatten(2))
+
+
 class Encoder(nn.Module):
     """What the UNet and the noisy classifier share: time, the way down, and the middle."""
 
@@ -226,13 +302,17 @@ class Encoder(nn.Module):
         return iter(all_of_them.split([layer.out_features for layer in layers], dim=1))
 
     def encode(
-        self, x: Float[Tensor, "n c h w"], conditions: Iterator[Float[Tensor, "n _"]], keep: bool
+        self,
+        x: Float[Tensor, "n c h w"],
+        conditions: Iterator[Float[Tensor, "n _"]],
+        keep: bool,
+        context: Float[Tensor, "n 1 e"] | None = None,
     ) -> tuple[Map, list[Map | None]]:
         """The middle's output; with `keep`, also the maps on the way down, for the way up."""
         h = Map(self.conv_in(x), self.conv_in.bias)
         skips = []
         for step in (*self.encoder, self.middle):
-            h, kept = step(h, conditions, keep=keep)
+            h, kept = step(h, conditions, keep=keep, context=context)
             skips.append(kept)
         return h, skips
 
@@ -248,7 +328,8 @@ class ADMUNet(Encoder):
     """The UNet that `config` describes: net(x, t, labels) -> [n, out_channels, h, w].
 
     x: [n, in_channels, resolution, resolution]. t: [n] float32, embedded by sines and cosines.
-    labels: [n] in [0, classes], where `classes` itself is the null class; none means all null.
+    labels: [n] in [0, classes], where `classes` itself is the null class; none means all null. Their
+    embedding is added to that of the time, or is what LDM's transformers attend to, where it has these.
     Raises `ReproError` for sizes that do not fit each other and for labels the network cannot take.
     """
 
@@ -261,8 +342,11 @@ class ADMUNet(Encoder):
         out_channels: int | None = None,
     ):
         super().__init__(config, resolution, in_channels)
+        if config.context_width and not classes:
+            raise ReproError("transformers that attend to a class (context_width) need data with classes")
         self.classes, self.null_class = classes, config.null_class
-        self.label_table = nn.Embedding(classes + config.null_class, self.emb_width) if classes else None
+        label_width = config.context_width or self.emb_width
+        self.label_table = nn.Embedding(classes + config.null_class, label_width) if classes else None
         self.decoder = nn.ModuleList()
         channels, skips = self.widths[-1], list(self.skip_widths)
         for level in reversed(range(len(self.widths))):
@@ -276,16 +360,30 @@ class ADMUNet(Encoder):
         self.norm_out = GroupNorm(channels)
         self.conv_out = zeroed(OutputConvolution(channels, out_channels or in_channels, 3, padding=1))
 
+    def attention(self, channels: int) -> Attention | SpatialTransformer:
+        """Self-attention, or LDM's transformer, with as many heads as configured."""
+        how = self.config
+        if how.transformer_depth is None:
+            return super().attention(channels)
+        return SpatialTransformer(
+            channels, heads_for(how, channels), how.transformer_depth, how.context_width
+        )
+
     def forward(
         self, x: Float[Tensor, "n c h w"], t: Float[Tensor, " n"], labels: Int[Tensor, " n"] | None = None
     ) -> Float[Tensor, "n out h w"]:
         """What the network predicts, in the precision of `x`."""
-        emb = self.embed_time(t, x.dtype)
-        emb = emb + self._embed(labels, len(x)) if self.classes or labels is not None else emb  # n e
+        emb, context = self.embed_time(t, x.dtype), None  # n e
+        if self.classes or labels is not None:
+            label = self._embed(labels, len(x))
+            if self.config.context_width:
+                context = label[:, None]  # n 1 context_width
+            else:
+                emb = emb + label
         conditions = self.conditions(emb)
-        h, skips = self.encode(x, conditions, keep=True)
+        h, skips = self.encode(x, conditions, keep=True, context=context)
         for step in self.decoder:
-            h, _ = step(h, conditions, skips.pop())
+            h, _ = step(h, conditions, skips.pop(), context=context)
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
             return self.conv_out(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True))  # n out h w
 
@@ -352,8 +450,10 @@ class Step(nn.ModuleList):
         conditions: Iterator[Float[Tensor, "n _"]],
         skip: Map | None = None,
         keep: bool = False,
+        context: Float[Tensor, "n 1 e"] | None = None,
     ) -> tuple[Map, Map | None]:
-        """Pass `h` through the blocks in turn; `skip` goes to the first. With `keep`, also `h` for later."""
+        """Pass `h` through the blocks in turn; `skip` goes to the first, `context` to each transformer. With
+        `keep`, also `h` for later."""
         kept = None
         for place, block in enumerate(self):
             if isinstance(block, ResidualBlock):
@@ -361,6 +461,8 @@ class Step(nn.ModuleList):
             elif isinstance(block, Resample):  # at a map's edge, no offset is like another
                 before = Map(h.whole(), torch.zeros_like(h.offset))
                 h = Map(block(before.x), block.conv.bias)
+            elif isinstance(block, SpatialTransformer):
+                h, before = block(h, context), None
             else:
                 h, before = block(h), None
             kept, skip = before if place == 0 else kept, None
