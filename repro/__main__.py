@@ -219,6 +219,13 @@ class EvaluateOptions:
 
     sample: config.Sample
     evaluate: config.Evaluate
+    protocol: Literal["lab", "clean", "edm"] | None = None
+    """What the distance is: lab, on EfficientNet-Lite0's features; clean, clean-fid's FID; edm, the FID of
+    the Min-SNR authors, by EDM's fid.py against ADM's statistics, by default of 50,000 samples. Numbers of
+    two protocols are not comparable. By default that of evaluate.features."""
+    reference: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Of protocol edm: an .npz of mu and sigma instead of ADM's for imagenet64 or imagenet256, or ADM's file
+    where it is here already; by default it is downloaded."""
     batch: int = 500
     """Images at a time; does not change them."""
     ema: float | None = None
@@ -250,7 +257,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
     """Measure a recorded run: evaluate RUN [--evaluate.samples 10000 --sample.steps 30 ...]."""
     import torch
 
-    from repro import data, files, runs
+    from repro import data, files, official, runs
     from repro import evaluate as evaluation
     from repro import train as training
 
@@ -261,6 +268,19 @@ def evaluate(name: str, arguments: list[str]) -> None:
         precision=recorded.config.train.precision,
     )
     options = _parse("evaluate", name, default, arguments)
+    protocol = options.protocol
+    if protocol is not None:  # which has defaults of its own
+        features = "efficientnet_lite0" if protocol == "lab" else "inception"
+        samples = evaluation.EDM_SAMPLES if protocol == "edm" else default.evaluate.samples
+        changed = replace(default.evaluate, features=features, samples=samples)
+        options = _parse("evaluate", name, replace(default, evaluate=changed), arguments)
+        if options.evaluate.features != features:
+            raise ReproError(
+                f"protocol {protocol} measures on {features}, not on {options.evaluate.features}; leave out "
+                f"--evaluate.features, or --protocol"
+            )
+    if options.reference is not None and protocol != "edm":
+        raise ReproError("--reference is an option of --protocol edm")
     _check_batch(options.batch)
     if options.blocks < 1:
         raise ReproError(f"--blocks {options.blocks} measures nothing; give 1 or more")
@@ -269,16 +289,20 @@ def evaluate(name: str, arguments: list[str]) -> None:
     if recorded.config.model.kind == "autoencoder":
         _evaluate_autoencoder(recorded, options, place)
         return
+    against = None
+    if protocol == "edm":
+        against = official.fid_reference(recorded.config.data.name, options.reference)
     denoiser = recorded.denoiser(place.device, average)
     if options.compile:
         denoiser.net = runs.compiled(denoiser.net)
         plans = recorded.config.train.cudnn_plans  # tried on the first batch, as in training
         torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, plans
     fingerprint = recorded.record.data.fingerprint
-    if recorded.record.imported:  # of what they were trained on nothing is recorded: by the images here
+    if recorded.record.imported and not against:  # what they were trained on is not recorded: by images here
         fingerprint = data.load(recorded.config.data.name).manifest["fingerprint"]
     fits = min(options.batch, options.evaluate.samples)
-    network = evaluation.feature_network(options.evaluate.features, place.device)
+    features = against.features if against else options.evaluate.features
+    network = evaluation.feature_network(features, place.device)
     first, samples = options.evaluate.first_seed, options.evaluate.samples
     blocks = [replace(options.evaluate, first_seed=first + n * samples) for n in range(options.blocks)]
     for how, block in itertools.product(_sampler_settings(options, recorded.sample), blocks):
@@ -295,6 +319,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
             options.compile,
             options.precision_recall,
             options.standard_errors,
+            against,
         )
         for line in lines if place.first else []:
             line |= {} if average is None else {"ema_halflife_images": average}

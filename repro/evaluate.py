@@ -1,7 +1,8 @@
 """How far generated images are from real ones: features, streaming moments, Fréchet distance, precision and
 recall, neighbours.
 
-A distance on Inception's features is "FID (clean)"; on any other network's it is "FD (<network>)".
+A distance on Inception's features is "FID (clean)" of images resized as clean-fid does, "FID (edm)" of images
+as EDM's fid.py takes them: the two are not comparable. On any other network's it is "FD (<network>)".
 """
 
 from __future__ import annotations
@@ -98,6 +99,25 @@ class Inception(nn.Module):
         return self.network(resize(images, self.side))
 
 
+class InceptionLegacy(nn.Module):
+    """2,048 features of the same Inception-v3 (TensorFlow's of 2015-12-05) as it resizes images itself.
+
+    So FIDs were first computed (Heusel et al. 2017), and so are those of ADM and of the fid.py of NVlabs/edm.
+    """
+
+    name, title, dimension = "inception_legacy", "FID (edm)", 2048
+
+    def __init__(self):
+        super().__init__()
+        from cleanfid.inception_torchscript import InceptionV3W
+
+        self.network = InceptionV3W(str(inception_weights().parent), download=False, resize_inside=True)
+
+    def forward(self, images: UInt8[Tensor, "n 3 h w"]) -> Float[Tensor, "n 2048"]:
+        """Features of images of any size, after the last pooling; float32 throughout."""
+        return self.network(images.float())
+
+
 def inception_weights() -> Path:
     """Path of clean-fid's Inception weights: in REPRO_INCEPTION, or downloaded once and checked by hash.
 
@@ -130,7 +150,13 @@ def inception_weights() -> Path:
         ) from error
 
 
-NETWORKS = {network.name: network for network in (EfficientNetLite0, Inception)}
+NETWORKS = {network.name: network for network in (EfficientNetLite0, Inception, InceptionLegacy)}
+
+PROTOCOLS = {"efficientnet_lite0": "lab", "inception": "clean", "inception_legacy": "edm"}
+"""What a distance on each network's features is measured by: numbers of different ones are not comparable."""
+
+EDM_SAMPLES = 50_000
+"""Of an FID by protocol edm, unless fewer are asked for."""
 
 LABELS = {"efficientnet_lite0": "EfficientNet-Lite0", "inception": "Inception"}
 """Feature networks as the names of metrics have them."""
@@ -344,6 +370,55 @@ class Reference:
         return {"name": self.dataset, "count": self.count, "fingerprint": self.fingerprint}
 
 
+@dataclass(frozen=True, eq=False)
+class ReferenceFile:
+    """Statistics of real images on `InceptionLegacy`'s features, as others computed and released them."""
+
+    name: str
+    """Of the file."""
+    sha256: str
+    mean: Float[Tensor, " d"]
+    covariance: Float[Tensor, "d d"]
+
+    features = InceptionLegacy.name
+
+    def describe(self) -> dict:
+        """What a metric records about its reference."""
+        return {"name": self.name, "sha256": self.sha256}
+
+
+def read_reference(path: str | Path, sha256: str) -> ReferenceFile:
+    """The `mu` [2048] and `sigma` [2048, 2048] of an .npz file, float64, such as ADM's reference batches or
+    EDM's fid-refs are. What else it holds (ADM's images) is not read.
+
+    Raises `ReproError` where it is no such file: damaged, without one of the two, of another dimension, not
+    finite, or with a `sigma` that is no covariance.
+    """
+    dimension = NETWORKS[ReferenceFile.features].dimension
+    wanted = {"mu": (dimension,), "sigma": (dimension, dimension)}
+    again = f"A reference of protocol edm is an .npz file of {' and '.join(wanted)} on Inception's features."
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            if missing := [name for name in wanted if name not in stored]:
+                has = ", ".join(stored) or "nothing"
+                raise ReproError(f"{path} lacks {' and '.join(missing)}; it holds {has}. {again}")
+            mean, covariance = (torch.from_numpy(stored[name].astype(np.float64)) for name in wanted)
+    except ReproError:
+        raise
+    except Exception as error:  # numpy and zipfile raise whatever a damaged file leads them to
+        raise ReproError(f"{path} is no whole .npz file ({type(error).__name__}). {again}") from error
+    for (name, shape), values in zip(wanted.items(), (mean, covariance), strict=True):
+        if tuple(values.shape) != shape:
+            raise ReproError(f"{path}: {name} is of shape {tuple(values.shape)}, not {shape}. {again}")
+        if not torch.isfinite(values).all():
+            raise ReproError(f"{path}: {name} is not finite. {again}")
+    if (covariance.diagonal() < 0).any() or not torch.allclose(
+        covariance, covariance.T, rtol=0, atol=1e-6 * float(covariance.diagonal().max())
+    ):
+        raise ReproError(f"{path}: sigma is no covariance (symmetric, no negative variance). {again}")
+    return ReferenceFile(Path(path).name, sha256, mean, (covariance + covariance.T) / 2)
+
+
 def reference_path(dataset: str, fingerprint: str, features: str) -> Path:
     """Where the statistics of a data set, known by its fingerprint, on a feature network are recorded."""
     folder = Path(os.environ.get("REPRO_REFERENCE", REFERENCE))
@@ -478,6 +553,7 @@ def evaluate(
     cuda_graphs: bool = False,
     precision_recall: bool = False,
     standard_errors: bool = False,
+    against: ReferenceFile | None = None,
 ) -> list[dict]:
     """Draw samples as `run.sample` and `run.evaluate` say and measure them: lines for metrics.jsonl.
 
@@ -486,16 +562,28 @@ def evaluate(
     their nearest training images; with `precision_recall`, two give precision and recall against training
     images; with `standard_errors`, one gives the distance's `standard_error` from samples and reference.
     network: the feature network, where it is loaded already. cuda_graphs: as in `sample.generate`.
+    against: measure by protocol edm instead, against these statistics and on the features that they are of;
+    needs no data set. What needs one beside the distance is then refused (`ReproError`).
     Under torch.distributed each process draws its share of the seeds and all return the same lines.
     """
     began = time.perf_counter()
     how = run.evaluate
+    asked = {
+        "neighbours": neighbours, "precision_recall": precision_recall, "standard_errors": standard_errors
+    }  # fmt: skip
+    if against is not None and any(asked.values()):
+        raise ReproError(
+            f"protocol edm is a distance to released statistics and has no "
+            f"{', '.join(name for name, wanted in asked.items() if wanted)}, which need features of real "
+            f"images; measure these without it. (How much the distance varies with the samples: --blocks.)"
+        )
     if standard_errors:
         _check_groups(how.samples, GROUPS)
     if neighbours or precision_recall or standard_errors:
         load_same(run.data.name, fingerprint)  # which fails now, not after the samples are drawn
-    network = network or feature_network(how.features, device)
-    known = reference(run.data.name, fingerprint, how.features, device)
+    features = how.features if against is None else against.features
+    network = network or feature_network(features, device)
+    known = against or reference(run.data.name, fingerprint, features, device)
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank, world = (
         (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
@@ -523,8 +611,8 @@ def evaluate(
     levels = len(schedules.grid_for(denoiser.schedule, run.sample)) - 1
     about = {
         "images": images_seen,
-        "features": how.features,
-        "protocol": "clean" if how.features == "inception" else "lab",
+        "features": features,
+        "protocol": PROTOCOLS[features],
         "samples": how.samples,
         "first_seed": how.first_seed,
         "sampler": run.sample.sampler,

@@ -1,4 +1,4 @@
-"""Released checkpoints of others as recorded runs: `python -m repro import NAME`.
+"""Released files of others: checkpoints as recorded runs (`python -m repro import NAME`), FID references.
 
 The files' tensors are renamed to ours, and nothing else: they are recorded in float32 as they are, so that
 what a network computes is what its authors' does. What each file holds is known by name and shape; anything
@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from repro import config, files, presets, provenance, runs
+from repro import config, evaluate, files, presets, provenance, runs
 from repro.files import ReproError
 from repro.models.unet import heads_for
 
@@ -53,7 +53,7 @@ class Checkpoint:
     @property
     def file(self) -> str:
         """The file's name; where many are called the same, that of what it is of."""
-        name = self.url.rsplit("/", 1)[1]
+        name = name_in(self.url)
         return (
             name if name != "diffusion_pytorch_model.safetensors" else self.url.split("/")[4] + ".safetensors"
         )
@@ -231,18 +231,10 @@ def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
     there = runs.load_run(out) if (out / "run.json").exists() else None
     if there and all((out / weights).exists() for weights in there.record.weights):
         raise ReproError(f"{out} is there already; remove the folder to import {name} anew")
-    path = download(known) if file is None else Path(file)
+    path = download(known.url, known.file, "--file", known.published) if file is None else Path(file)
     if not path.is_file():
         raise ReproError(f"there is no file {path}; leave out --file to download {known.url}")
-    seen = {"url": known.url, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    befores = (seen | known.published, first_seen().get(known.file, seen))
-    for before in (*befores, (there and there.record.imported) or seen):
-        if before != seen:
-            raise ReproError(
-                f"{path} is not the {known.file} that is known: {seen['bytes']:,} bytes of "
-                f"SHA-256 {seen['sha256'][:16]}…, not {before['bytes']:,} of {before['sha256'][:16]}…. "
-                f"Download it again."
-            )
+    seen = checked(path, known.url, known.file, known.published, (there and there.record.imported) or {})
     with torch.device("meta"):
         state = runs.network(known.config).state_dict()
     wanted = {key: tuple(tensor.shape) for key, tensor in state.items() if key not in known.constants}
@@ -257,7 +249,7 @@ def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
     with files.lock(out):
         files.remove_partial(out)
         hashes = runs.save_weights(out, state, known.config, dtype=torch.float32, limit=LARGEST)
-        files.write_json(RELEASED, first_seen() | {known.file: seen})
+        remember(known.file, seen)
         if there and there.record.weights == hashes:  # a clone of a record: samples and metrics stay
             return out
         record = runs.Record(
@@ -278,30 +270,101 @@ def import_checkpoint(name: str, file: str | Path | None = None) -> Path:
     return out
 
 
+REFERENCES = {
+    "imagenet64": ADM + "ref_batches/imagenet/64/VIRTUAL_imagenet64_labeled.npz",
+    "imagenet256": ADM + "ref_batches/imagenet/256/VIRTUAL_imagenet256_labeled.npz",
+}
+"""By data set: ADM's reference batches (evaluations/README.md of openai/guided-diffusion), with `mu` and
+`sigma` of Inception's features over the whole data set, and 10,000 images."""
+
+
+def fid_reference(dataset: str, file: str | Path | None = None) -> evaluate.ReferenceFile:
+    """What an FID by protocol edm of a network of that data set is measured against.
+
+    file: statistics to take instead of ADM's, or ADM's file where it is here already; by default ADM's is
+    downloaded, once. A file called as one of ADM's is must be the one that was first seen (`RELEASED`).
+
+    Raises `ReproError` for a data set that ADM has no reference of, where no file is given, and for a file
+    that is missing, another than before, or no such statistics (see `evaluate.read_reference`).
+    """
+    if file is None and dataset not in REFERENCES:
+        raise ReproError(
+            f"protocol edm measures against ADM's references, of {' and '.join(REFERENCES)}; there is none "
+            f"of {dataset}. Give statistics of other images with --reference FILE (an .npz of mu and sigma)."
+        )
+    urls = {name_in(url): url for url in REFERENCES.values()}
+    if file is None:
+        path = download(REFERENCES[dataset], name_in(REFERENCES[dataset]), "--reference")
+    else:
+        path = Path(file)
+    if not path.is_file():
+        raise ReproError(f"--reference: there is no file {path}")
+    if path.name not in urls:
+        return evaluate.read_reference(path, files.sha256(path))
+    seen = checked(path, urls[path.name], path.name)
+    try:
+        found = evaluate.read_reference(path, seen["sha256"])
+    except ReproError:
+        if file is None:
+            path.unlink()  # or it would be taken from the cache again
+        raise
+    remember(path.name, seen)
+    return found
+
+
+def name_in(url: str) -> str:
+    """The name of the file at an address."""
+    return url.rsplit("/", 1)[1]
+
+
 def first_seen() -> dict[str, dict]:
     """What `RELEASED` holds; nothing where it is not there yet."""
     return files.read_json(RELEASED) if RELEASED.exists() else {}
+
+
+def remember(name: str, seen: dict) -> None:
+    """Add a file, as `checked` gives it, to `RELEASED`."""
+    if first_seen().get(name) != seen:
+        files.write_json(RELEASED, first_seen() | {name: seen})
+
+
+def checked(path: Path, url: str, name: str, *known: dict) -> dict:
+    """Address, size and SHA-256 of the released file `name`, which lies at `path`.
+
+    Raises `ReproError` where they are not those of `RELEASED`, or of each of `known`, which may lack some.
+    """
+    seen = {"url": url, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
+    for before in (seen | each for each in (*known, first_seen().get(name, {}))):
+        if before != seen:
+            raise ReproError(
+                f"{path} is not the {name} that is known: {seen['bytes']:,} bytes of "
+                f"SHA-256 {seen['sha256'][:16]}…, not {before['bytes']:,} of {before['sha256'][:16]}…. "
+                f"Download it again."
+            )
+    return seen
 
 
 LARGEST = 2**30
 """Bytes of a file of imported weights, which are not kept in git."""
 
 
-def download(known: Checkpoint) -> Path:
-    """The released file, from the user's cache or its address; raises `ReproError` where it cannot be had."""
+def download(url: str, name: str, option: str, published: dict | None = None) -> Path:
+    """The released file `name`, from the user's cache or its address.
+
+    option: of the command line, that takes the file instead. published: its SHA-256, where it is known.
+    Raises `ReproError` where it cannot be had.
+    """
     import pooch
 
     try:
-        sha256 = known.published.get("sha256") or first_seen().get(known.file, {}).get("sha256")
+        sha256 = (published or first_seen().get(name, {})).get("sha256")
         return Path(
-            pooch.retrieve(
-                known.url, sha256 and f"sha256:{sha256}", fname=known.file, path=pooch.os_cache("repro")
-            )
+            pooch.retrieve(url, sha256 and f"sha256:{sha256}", fname=name, path=pooch.os_cache("repro"))
         )
     except Exception as error:  # pooch passes on whatever requests and urllib raise
         raise ReproError(
-            f"{known.file} could not be downloaded ({type(error).__name__}). Fetch {known.url} on a machine "
-            f"with internet access and give the file with --file."
+            f"{name} could not be downloaded ({type(error).__name__}). Fetch {url} on a machine "
+            f"with internet access and give the file with {option}."
         ) from error
 
 

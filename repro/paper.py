@@ -357,10 +357,14 @@ def describe_metric(metric: dict, run: str | None = None) -> str:
         raise ReproError(f"the metric lacks {', '.join(missing)}: it does not say what it measures")
     m, reference = metric, metric["reference"]
     last_seed = m["first_seed"] + m["samples"] - 1
+    if "sha256" in reference:  # statistics that others released
+        against = f"{reference['name']} (SHA-256 {reference['sha256'][:8]})"
+    else:
+        known = f"{reference['name']} (fingerprint {reference['fingerprint'][:8]})"
+        against = f"{reference['count']:,} images of {known}"
     return (
         f"{run + ': ' if run else ''}{m['name']} {m['value']:.3g} after {m['images'] / 1e6:.3g}M images; "
-        f"protocol {m['protocol']}, features {m['features']}, against {reference['count']:,} images of "
-        f"{reference['name']} (fingerprint {reference['fingerprint'][:8]}); {m['samples']:,} samples, "
+        f"protocol {m['protocol']}, features {m['features']}, against {against}; {m['samples']:,} samples, "
         f"seeds {m['first_seed']} to {last_seed}, {m['sampler']}, {m['steps']} steps, "
         f"{m['evaluations']} network evaluations, "
         + ("no guidance" if m["guidance"] == 1 else f"guidance {m['guidance']:g}")

@@ -1,7 +1,9 @@
 """Distances between images: statistics against exact values and other implementations, features, records."""
 
 import dataclasses
+import hashlib
 import io
+import json
 import math
 import multiprocessing
 import re
@@ -16,10 +18,12 @@ from cleanfid.resize import make_resizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from scipy.linalg import sqrtm
 from scipy.ndimage import gaussian_filter
 from torch import nn
 
-from repro import config, data, evaluate, files, paper, prepare, runs, sample, train
+from repro import config, data, evaluate, files, official, paper, prepare, runs, sample, train
+from repro.__main__ import main
 from repro.files import ReproError
 
 # Images, a cheap feature network, a tiny recorded run -----------------------------------------------
@@ -72,15 +76,15 @@ RUN = config.Config(
 )
 
 
-def recorded(folder) -> runs.Run:
+def recorded(folder, run=RUN) -> runs.Run:
     """A recorded run of a small network with random weights."""
     torch.manual_seed(0)
-    built = runs.build(RUN)
+    built = runs.build(run)
     for parameter in built.net.parameters():
         nn.init.normal_(parameter, std=0.05)
     used = runs.DataUsed(name="celeba64", fingerprint=fingerprint(), count=130, trained_on=70, held_out=60)
     record = runs.Record(
-        config=RUN, data=used, images=3_000, seconds=1, device="cpu", processes=1, versions={},
+        config=run, data=used, images=3_000, seconds=1, device="cpu", processes=1, versions={},
         commit="unknown", code="0", parameters=1,
     )  # fmt: skip
     (folder / "lab" / "tiny").mkdir(parents=True)
@@ -648,8 +652,10 @@ class FakeInception(nn.Module):
         super().__init__()
         self.layers = FakeLayers()
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.layers(x)
+    def forward(self, x: torch.Tensor, return_features: bool = False) -> torch.Tensor:
+        """As Inception's: float32 of [0, 255] and of any size, which the features here see as they are."""
+        assert x.dtype == torch.float32
+        return self.layers((x - 128) / 128) if return_features else x.new_zeros(len(x), 1008)
 
 
 @pytest.fixture
@@ -685,6 +691,254 @@ def test_only_a_distance_on_inception_is_called_fid(home, fake_inception, monkey
     (line,) = measure(run)
     assert line["name"] == "FD (EfficientNet-Lite0)" and line["protocol"] == "lab"
     assert "FID" not in paper.describe_metric(line)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_legacy_inception_is_given_images_as_they_are(fake_inception):
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 64, 64), np.uint8))
+    found = evaluate.feature_network("inception_legacy")(images)
+    means = images.numpy()[:, :2].reshape(3, 2, 32, 2, 32, 2).mean((3, 5)).reshape(3, 2048)  # of 64 x 64
+    np.testing.assert_allclose(found, (means - 128) / 128, rtol=0, atol=1e-6)
+    assert found.dtype == torch.float32
+    assert (found - evaluate.feature_network("inception")(images)).abs().max() > 0.1
+
+
+# Protocol edm ---------------------------------------------------------------------------------------
+
+
+class Quarters(nn.Module):
+    """In the place of legacy Inception: the mean colour of each quarter of a 64 x 64 image."""
+
+    name, title, dimension = "inception_legacy", "FID (edm)", 12
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8 and images.shape[1:] == (3, 64, 64)
+        return F.avg_pool2d(images.float(), 32).flatten(1)
+
+
+ADM_64 = "VIRTUAL_imagenet64_labeled.npz"
+
+
+@pytest.fixture
+def edm(home, monkeypatch):
+    """An imported run of imagenet64 without its images, and ADM's reference of 12 numbers by a download."""
+    import pooch
+
+    run = recorded(home / "runs", dataclasses.replace(RUN, data=config.Data("imagenet64", holdout=60)))
+    runs.write_record(run.path, dataclasses.replace(run.record, imported={"url": "of others"}))
+    monkeypatch.setenv("REPRO_DATA", str(home / "nowhere"))
+    monkeypatch.setitem(evaluate.NETWORKS, "inception_legacy", Quarters)
+    monkeypatch.setattr(official, "RELEASED", home / "released.json")
+    asked = []
+
+    def retrieve(url, known_hash, fname, path):
+        asked.append((url, known_hash))
+        return str(save_statistics(home / fname))
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    return home, asked
+
+
+def statistics(seed=0):
+    """A mean [12] and a covariance [12, 12] of features such as `Quarters` has."""
+    factor = np.random.default_rng(seed).normal(size=(12, 20))
+    return {"mu": np.linspace(90, 160, 12), "sigma": 9 * factor @ factor.T}
+
+
+def save_statistics(path, **changes):
+    values = {"arr_0": np.zeros((2, 64, 64, 3), np.uint8), **statistics(), **changes}
+    np.savez(path, **{name: value for name, value in values.items() if value is not None})
+    return path
+
+
+def textbook_fid(images, mu, sigma):
+    """Heusel et al. 2017, eq. 6, of what `Quarters` sees in images [n, 3, 64, 64], by a matrix root."""
+    features = images.astype(np.float64).reshape(-1, 3, 2, 32, 2, 32).mean((3, 5)).reshape(-1, 12)
+    own = np.cov(features.T)
+    root = np.real(sqrtm(own @ sigma))
+    return np.square(features.mean(0) - mu).sum() + np.trace(own + sigma - 2 * root)
+
+
+EDM_ = ["evaluate", "lab/tiny", "--protocol", "edm", "--device", "cpu", "--precision", "fp32", "--batch", "9"]
+
+
+def test_protocol_edm_is_a_textbook_fid_against_adms_statistics(edm, capsys):
+    home, asked = edm
+    assert main([*EDM_, "--evaluate.samples", "16"]) == 0
+    run = runs.load_run("lab/tiny", home / "runs")
+    images = torch.cat(list(sample.generate(run.denoiser(), run.config, range(50, 66), 16, "cpu"))).numpy()
+    (line,) = run.metrics
+    assert line["value"] == pytest.approx(textbook_fid(images, **statistics()), rel=1e-5)
+    assert f"FID (edm): {line['value']:.4f}, 16 samples from seed 50" in capsys.readouterr().out
+    digest = hashlib.sha256((home / ADM_64).read_bytes()).hexdigest()
+    assert line["reference"] == {"name": ADM_64, "sha256": digest}
+    wanted = {"name": "FID (edm)", "protocol": "edm", "features": "inception_legacy", "samples": 16}
+    assert wanted.items() <= line.items()
+    assert paper.describe_metric(line, "lab/tiny").startswith(
+        f"lab/tiny: FID (edm) {line['value']:.3g} after 0.003M images; protocol edm, features "
+        f"inception_legacy, against {ADM_64} (SHA-256 {digest[:8]}); 16 samples, seeds 50 to 65, "
+    )
+    assert run.distances(run.sample, 16) == []  # of the run's own protocol
+
+    assert main([*EDM_, "--evaluate.samples", "2"]) == 0  # the file must be the same from now on
+    assert [known for _, known in asked] == [None, f"sha256:{digest}"]
+    assert {url for url, _ in asked} == {official.REFERENCES["imagenet64"]}
+
+
+def test_two_processes_measure_by_protocol_edm_what_one_does(edm):
+    home, _ = edm
+    against = official.fid_reference("imagenet64")
+    run = runs.load_run("lab/tiny", home / "runs")
+    ((alone,), *shared) = (measure(run, against=against), *in_processes(
+        home, lambda rank: measure(run, batch=2, against=against)
+    ))  # fmt: skip
+    for (line,) in shared:
+        assert line["value"] == pytest.approx(alone["value"], rel=1e-4)
+        assert (line["name"], line["reference"]) == (alone["name"], alone["reference"])
+
+
+def test_each_protocol_has_its_features_and_number_of_samples(edm, monkeypatch):
+    taken = []
+
+    def told(_, run, *others):
+        network, against = others[6], others[-1]
+        taken.append((network.name, run.evaluate.features, run.evaluate.samples, against and against.name))
+        return []
+
+    class Clean(Blocks):
+        name = "inception"
+
+    monkeypatch.setitem(evaluate.NETWORKS, "inception", Clean)
+    monkeypatch.setattr(evaluate, "evaluate", told)
+    run = runs.load_run("lab/tiny", edm[0] / "runs")
+    runs.write_record(run.path, dataclasses.replace(run.record, imported=None))  # else the images are needed
+    for protocol, more in (("edm", []), ("edm", ["--evaluate.samples", "9"]), ("clean", []), ("lab", [])):
+        assert main(["evaluate", "lab/tiny", "--protocol", protocol, "--device", "cpu", *more]) == 0
+    assert main(["evaluate", "lab/tiny", "--device", "cpu"]) == 0
+    assert taken == [
+        ("inception_legacy", "inception", 50_000, ADM_64),
+        ("inception_legacy", "inception", 9, ADM_64),
+        ("inception", "inception", 7, None),
+        ("efficientnet_lite0", "efficientnet_lite0", 7, None),
+        ("efficientnet_lite0", "efficientnet_lite0", 7, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--neighbours"], "has no neighbours, which need features of real images"),
+        (["--precision-recall", "--standard-errors"], "has no precision_recall, standard_errors, which"),
+        (["--evaluate.features", "efficientnet_lite0"], "protocol edm measures on inception, not on eff"),
+        (["--protocol", "clean", "--reference", "x.npz"], "--reference is an option of --protocol edm"),
+        (["--reference", "x.npz"], "there is no file x.npz"),
+    ],
+)
+def test_what_protocol_edm_has_not_is_refused_before_samples_are_drawn(
+    edm, options, message, capsys, monkeypatch
+):
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: pytest.fail("samples were drawn"))
+    assert main([*EDM_, *options]) == 1
+    assert message in capsys.readouterr().err
+    assert not (edm[0] / "runs" / "lab" / "tiny" / "metrics.jsonl").exists()
+
+
+def test_data_without_adms_statistics_need_others(home, monkeypatch, capsys):
+    monkeypatch.setitem(evaluate.NETWORKS, "inception_legacy", Quarters)
+    monkeypatch.setattr(official, "RELEASED", home / "released.json")
+    run = recorded(home / "runs")
+    assert main(EDM_) == 1
+    error = capsys.readouterr().err
+    assert "ADM's references, of imagenet64 and imagenet256; there is none of celeba64" in error
+    assert "--reference FILE" in error
+    path = save_statistics(home / "celeba.npz")
+    assert main([*EDM_, "--reference", str(path), "--evaluate.samples", "5"]) == 0
+    (line,) = runs.load_run(run.path).metrics
+    assert line["reference"] == {"name": "celeba.npz", "sha256": files.sha256(path)}
+    assert not official.RELEASED.exists()  # which knows released files alone
+
+
+def test_adms_file_given_by_hand_must_be_the_one_first_seen(edm, tmp_path):
+    path = save_statistics(tmp_path / ADM_64)
+    found = official.fid_reference("imagenet64", path)
+    for name, value in (("mean", statistics()["mu"]), ("covariance", statistics()["sigma"])):
+        np.testing.assert_allclose(getattr(found, name), value, rtol=1e-12)
+        assert getattr(found, name).dtype == torch.float64
+    seen = json.loads(official.RELEASED.read_text())[ADM_64]
+    assert seen == {
+        "url": official.REFERENCES["imagenet64"],
+        "bytes": path.stat().st_size,
+        "sha256": found.sha256,
+    }
+    save_statistics(path, **statistics(seed=1))
+    with pytest.raises(
+        ReproError, match=rf"is not the {ADM_64} that is known: .* not .* of {found.sha256[:16]}"
+    ):
+        official.fid_reference("imagenet64", path)
+    assert json.loads(official.RELEASED.read_text())[ADM_64] == seen
+
+
+def test_a_download_that_fails_or_is_damaged_says_what_to_do(edm, monkeypatch, tmp_path):
+    import pooch
+
+    damaged = tmp_path / ADM_64
+    damaged.write_bytes(b"<html>not found</html>")
+    monkeypatch.setattr(pooch, "retrieve", lambda *_, **__: str(damaged))
+    with pytest.raises(ReproError, match="is no whole .npz file"):
+        official.fid_reference("imagenet64")
+    assert not damaged.exists() and not official.RELEASED.exists()  # the next download is a new one
+
+    def offline(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(pooch, "retrieve", offline)
+    with pytest.raises(ReproError) as error:
+        official.fid_reference("imagenet64")
+    assert f"{ADM_64} could not be downloaded (ConnectionError). Fetch https://" in str(error.value)
+    assert "give the file with --reference" in str(error.value)
+
+
+SIGMA = statistics()["sigma"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mu": None}, "lacks mu; it holds arr_0, sigma"),
+        ({"mu": None, "sigma": None}, "lacks mu and sigma; it holds arr_0"),
+        ({"mu": np.zeros(11)}, r"mu is of shape \(11,\), not \(12,\)"),
+        ({"sigma": SIGMA[:6, :6]}, r"sigma is of shape \(6, 6\), not \(12, 12\)"),
+        ({"mu": np.full(12, np.nan)}, "mu is not finite"),
+        ({"sigma": SIGMA * np.where(np.eye(12), np.inf, 1)}, "sigma is not finite"),
+        ({"sigma": SIGMA + np.triu(np.ones((12, 12)), 1)}, "sigma is no covariance"),
+        ({"sigma": -SIGMA}, "sigma is no covariance"),
+        (
+            {"mu": np.array([{}] * 12)},
+            r"is no whole .npz file \(ValueError\)",
+        ),  # a pickle, which is not loaded
+        ({"sigma": SIGMA.astype(np.float32)}, None),
+    ],
+)
+def test_a_file_that_is_no_reference_is_refused_by_what_is_wrong(tmp_path, monkeypatch, changes, message):
+    monkeypatch.setitem(evaluate.NETWORKS, "inception_legacy", Quarters)
+    path = save_statistics(tmp_path / "other.npz", **changes)
+    if message is None:
+        found = evaluate.read_reference(path, "0")
+        assert torch.equal(found.covariance, torch.from_numpy(changes["sigma"]).double())
+        return
+    with pytest.raises(ReproError, match=message) as error:
+        evaluate.read_reference(path, "0")
+    assert str(path) in str(error.value)
+
+
+def test_a_cut_file_and_a_single_array_are_no_reference(tmp_path, monkeypatch):
+    monkeypatch.setitem(evaluate.NETWORKS, "inception_legacy", Quarters)
+    path = save_statistics(tmp_path / "cut.npz")
+    path.write_bytes(path.read_bytes()[:-100])
+    np.save(tmp_path / "single.npy", SIGMA)
+    for name in ("cut.npz", "single.npy", "missing.npz"):
+        with pytest.raises(ReproError, match=f"{name} is no whole .npz file"):
+            evaluate.read_reference(tmp_path / name, "0")
 
 
 # Reference statistics -------------------------------------------------------------------------------

@@ -239,6 +239,24 @@ def test_distances_are_those_of_one_sampler_and_network_by_images_seen(root):
     assert load(root).curve(dataclasses.replace(RUN.sample, steps=RUN.sample.steps + 1)) == ([], [])
 
 
+def test_a_distance_of_another_protocol_is_in_no_selection(root):
+    """Of a run that is measured on Inception too: else all is the same."""
+    run = dataclasses.replace(RUN, evaluate=config.Evaluate(samples=10, features="inception"))
+    record = dataclasses.replace(load(root).record, config=run, images=8)
+    runs.write_record(root / NAME, record)
+    line = {"name": "FID (clean)", "features": "inception", "protocol": "clean", "samples": 10, "images": 8,
+            "value": 1.0, "sample": config.sample_json(RUN.sample), "precision": RUN.train.precision,
+            "first_seed": run.evaluate.first_seed}  # fmt: skip
+    edm = {**line, "name": "FID (edm)", "features": "inception_legacy", "protocol": "edm", "value": 9.0}
+    files.append_line(root / NAME / "metrics.jsonl", line)
+    for one in (edm, edm | {"first_seed": 7}, edm | {"images": 4}):
+        files.append_line(root / NAME / "metrics.jsonl", one)
+    found = load(root)
+    assert found.distances(RUN.sample) == [line] and found.curve(RUN.sample) == ([8], [1.0])
+    assert found.blocks(RUN.sample) == [1.0] and [m for _, m in found.at_the_end()] == [line]
+    assert found.of_the_same_samples(line) == [line]
+
+
 def test_rows_of_images_go_with_the_weights_that_drew_them(root):
     how = dataclasses.replace(RUN.sample, steps=3)
     record = train.record_further_samples(root / NAME, load(root).record, range(2), torch.device("cpu"), how)
