@@ -259,6 +259,15 @@ def save_figure(fig: Figure, id: str, dpi: int = 300) -> list[Path]:
     return [png, pdf]
 
 
+def plain_records(table: pandas.DataFrame) -> list[dict]:
+    """Rows of a table for `save_values`: keys of letters, digits and "_" alone, and None where nothing is.
+
+    So a README can name them: "Min-SNR (s)" is `min_snr_s`.
+    """
+    names = {column: re.sub(r"[^a-z0-9]+", "_", str(column).lower()).strip("_") for column in table}
+    return table.rename(columns=names).astype(object).where(table.notna().to_numpy(), None).to_dict("records")
+
+
 def save_values(id: str, values: dict) -> Path:
     """Write values/<id>.json: `values`, with sorted keys and 6 significant digits, and their provenance.
 

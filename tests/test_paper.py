@@ -357,3 +357,13 @@ def test_rows_of_images_stand_beneath_their_names():
         shown = np.asarray(ax.images[0].get_array())
         np.testing.assert_array_equal(shown, paper.image_grid(np.repeat(images[None], 2, 0), 1, 2))
     plt.close(fig)
+
+
+def test_records_for_values_have_keys_that_a_readme_can_name():
+    table = pandas.DataFrame(
+        {"Min-SNR (s)": [0.5, np.nan], "250 steps on it (times)": [1, 2], "|u|² over": ["a", None]}
+    )
+    assert paper.plain_records(table) == [
+        {"min_snr_s": 0.5, "250_steps_on_it_times": 1, "u_over": "a"},
+        {"min_snr_s": None, "250_steps_on_it_times": 2, "u_over": None},
+    ]
