@@ -5,10 +5,11 @@
     python -m repro.bench --out paper/bench/cluster.json --variants "ViT-B/2" "ViT-XL/2" "ADM-64" \
         "ViT-B/2 from disk" "ViT-B/2 from disk, 2 GPUs"
 
-All variants are compiled at once; then each is timed in a process of its own, one after the other, so
-that nothing disturbs how cuDNN chooses its plans. FLOPs are those of the network as defined, however it
-is computed, counted by torch (2 per multiply-add, matrix products and convolutions only); a training step
-counts as 3 forward passes. Rates are medians over steps timed with CUDA events, on random data.
+All variants are compiled at once, but for those from disk, which warm up by themselves; then each is timed
+in a process of its own, one after the other, so that nothing disturbs how cuDNN chooses its plans. FLOPs are
+those of the network as defined, however it is computed, counted by torch (2 per multiply-add, matrix products
+and convolutions only); a training step counts as 3 forward passes. Rates are medians over steps timed with
+CUDA events, on random data; those from disk are by the wall clock.
 """
 
 from __future__ import annotations
@@ -317,6 +318,8 @@ def measure(name: str, only_compile: bool = False) -> dict:
     for work in (step, forward) if variant.forward else (step,):
         for _ in range(1 if only_compile else cuda_graph.WARM_UP + 1):  # the last captures a graph
             work()
+        if work is step:
+            memory = torch.cuda.max_memory_allocated()
     torch.cuda.synchronize()
     seconds_to_start = round(time.perf_counter() - began, 1)
     if only_compile:
@@ -338,7 +341,7 @@ def measure(name: str, only_compile: bool = False) -> dict:
         "train_share_of_matmul": 3 * flops * batch / seconds / matmul,
         "train_step_ms": seconds * 1000,
         "seconds_to_start": seconds_to_start,
-        "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "gpu_memory_gib": memory / 2**30,
     }
     if variant.forward:
         seconds = median_seconds(forward, 30, 10)
@@ -353,16 +356,31 @@ def measure(name: str, only_compile: bool = False) -> dict:
 
 
 def write_latents(path: Path, run: config.Config, images: int = FILE_IMAGES) -> None:
-    """Write random moments as `repro.latents` lays them out, and let the system forget the file's pages."""
+    """Write random moments as `repro.latents` lays them out."""
     shape = _latents_shape(run, images)
+    random = np.random.default_rng(0)
     with open(path, "wb") as file:
         for first in range(0, images, 5000):
-            some = torch.randn(min(5000, images - first), *shape[1:], device=train.find_place().device)
-            file.write(some.half().cpu().numpy().tobytes())
+            some = random.standard_normal((min(5000, images - first), *shape[1:]), np.float32)
+            file.write(some.astype(np.float16).tobytes())
         file.flush()
         os.fsync(file.fileno())
+
+
+def forget_pages(path: Path) -> None:
+    """Let the system forget what it keeps of a file in memory, but for pages that some process has mapped."""
+    with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def bytes_read() -> int | None:
+    """What this process has read from disks so far, as Linux counts; nothing elsewhere."""
+    try:
+        counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    except OSError:
+        return None
+    return int(counts["read_bytes"])
 
 
 def _latents_shape(run: config.Config, images: int) -> tuple[int, ...]:
@@ -373,7 +391,8 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
     """Time training steps on the latents in `path`, read as `repro.train` reads what no GPU can hold.
 
     Images a second of all processes by the wall clock, over a first pass through the file, in a random order,
-    and over a second, whose pages the system may have kept. Nothing but for the first process.
+    before which the system was told to forget it, and over a second, whose pages it may have kept: how much
+    the first process read from disk in both tells. Nothing but for the first process.
     """
     how = FROM_DISK[name]
     run = training_of(VARIANTS[how.variant], how.gpus)
@@ -383,31 +402,34 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
     moments = np.memmap(path, np.float16, "r", shape=_latents_shape(run, images))
     labels = np.arange(images) % max(run.data.classes, 1)
     real = data.Dataset(name, moments, labels, [""] * run.data.classes, {})
-    batches = train.Batches(real, np.arange(images), run.train, place)
-    batches.resident = None  # as the latents of all of ImageNet, 42 GB
+    # not on the GPU, as the latents of all of ImageNet, 42 GB
+    batches = train.Batches(real, np.arange(images), run.train, place, resident=False)
     generator = torch.Generator(place.device)
 
     with closing(trainer), ThreadPoolExecutor(1) as loader:
         upcoming = loader.submit(batches.fetch, 0)
 
-        def steps(count: int) -> float:
+        def steps(count: int, forget: bool = False) -> tuple[float, int | None]:
             nonlocal upcoming
             torch.cuda.synchronize()
+            if forget and place.first:
+                forget_pages(path)
             if place.world > 1:
                 torch.distributed.barrier()
-            began = time.perf_counter()
+            began, read = time.perf_counter(), bytes_read()
             for _ in range(count):
                 y, some = upcoming.result()
                 upcoming = loader.submit(batches.fetch, trainer.step + 1)
                 trainer.train_step(y, some, train.draw(run, trainer.step, place, generator))
             torch.cuda.synchronize()
-            return count * run.train.batch / (time.perf_counter() - began)
+            rate = count * run.train.batch / (time.perf_counter() - began)
+            return rate, None if read is None else bytes_read() - read
 
         steps(cuda_graph.WARM_UP + 3)
         a_pass = (images - trainer.images) // run.train.batch - 1
-        first = steps(a_pass)
+        first, first_read = steps(a_pass, forget=True)
         steps(-(-images // run.train.batch) - a_pass)  # until every page has been read
-        again = steps(a_pass)
+        again, again_read = steps(a_pass)
         upcoming.cancel()
     if not place.first:
         return None
@@ -420,7 +442,9 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
         "image_bytes": int(moments[0].nbytes),
         "steps": a_pass,
         "first_pass_images_per_second": first,
+        "first_pass_bytes_read": first_read,
         "second_pass_images_per_second": again,
+        "second_pass_bytes_read": again_read,
     }
 
 
@@ -509,11 +533,14 @@ def main(
     one: str | None = None,
     only_compile: bool = False,
     latents: Path | None = None,
+    scratch: Path | None = None,
 ) -> None:
     """Measure variants of networks that train, or sampling, and write a JSON file.
 
     Args:
         out: File to write, anew after each variant.
+        scratch: Folder for the file of latents, on a disk and not in memory; by default the system's for
+            temporary files.
         variants: Names of `VARIANTS`, `SAMPLING` or `FROM_DISK`; by default all of the first.
         one: Used by the program itself for the process of one variant.
         only_compile: Used by the program itself: leave the variant compiled on the disk.
@@ -537,7 +564,7 @@ def main(
         "commit": train.git_commit(),
     }
     results, failed = [], []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
         command = ["-m", "repro.bench", "--out", str(Path(folder) / "one.json"), "--one"]
         compilings = [
             subprocess.Popen([sys.executable, *command, name, "--only-compile"])

@@ -504,22 +504,23 @@ def features_of(
     On a GPU by a stream of their own, and given out when the next batch has been drawn: meanwhile the GPU
     does both, and has work where drawing waits for noise.
     """
-    before = stream = None
+    pending = stream = None
     for batch in images:
+        if pending is not None:
+            yield _ready(*pending)
+            pending = None
         if not batch.is_cuda:
             yield network(batch).float()
             continue
         main = torch.cuda.current_stream(batch.device)
-        if before is not None:
-            yield _ready(*before, main)
         stream = stream or torch.cuda.Stream(batch.device)
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
             features = network(batch).float()
-            before = features, stream.record_event()
+            pending = features, stream.record_event(), main
         batch.record_stream(stream)
-    if before is not None:
-        yield _ready(*before, main)
+    if pending is not None:
+        yield _ready(*pending)
 
 
 def _ready(
@@ -606,6 +607,8 @@ def evaluate(
         generated = torch.empty(how.samples, network.dimension)
         for first, share in enumerate(shares):
             generated[first::world] = share  # in the order of the seeds
+    if moments.count != how.samples:
+        raise ReproError(f"{moments.count:,} samples were measured, not the {how.samples:,} asked for")
     mean, covariance = moments.statistics()
     value = frechet_distance(mean, covariance, known.mean.to(mean), known.covariance.to(mean))
     levels = len(schedules.grid_for(denoiser.schedule, run.sample)) - 1

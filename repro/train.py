@@ -156,8 +156,8 @@ class Batches:
     """Training batches: image indices, images and labels for each step, on one process's device.
 
     indices: positions in the data set that are trained on. Each epoch is a new permutation of them. learned:
-    by default its images (see `latents.of_run`).
-    A data set that takes less than a quarter of a GPU's memory is kept on the GPU.
+    by default its images (see `latents.of_run`). resident: whether all of them are kept on the GPU; by
+    default where they take less than a quarter of its memory.
     """
 
     def __init__(
@@ -167,12 +167,15 @@ class Batches:
         train: config.Train,
         place: Place,
         learned: Shaped[np.ndarray, "all *shape"] | None = None,
+        resident: bool | None = None,
     ):
         self.real, self.indices, self.train, self.place = real, indices, train, place
         self.learned = real.images if learned is None else learned
         self.epochs: dict[int, np.ndarray] = {}
         self.resident = None
-        if place.device.type == "cuda" and self.learned.nbytes < torch.cuda.mem_get_info(place.device)[0] / 4:
+        if resident is None and place.device.type == "cuda":
+            resident = self.learned.nbytes < torch.cuda.mem_get_info(place.device)[0] / 4
+        if resident:
             self.resident = torch.from_numpy(np.array(self.learned)).to(place.device)
 
     def rows(self, step: int) -> Int[np.ndarray, " batch"]:

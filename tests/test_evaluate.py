@@ -1,13 +1,16 @@
 """Distances between images: statistics against exact values and other implementations, features, records."""
 
+import copy
 import dataclasses
 import hashlib
+import inspect
 import io
 import json
 import math
 import multiprocessing
 import re
 import tarfile
+from contextlib import contextmanager
 
 import jaxtyping
 import numpy as np
@@ -1229,3 +1232,98 @@ def test_data_that_are_not_there_are_missed_before_samples_are_drawn(home, monke
     for also in ("neighbours", "precision_recall", "standard_errors"):
         with pytest.raises(ReproError, match="is not prepared"):
             measure(run, config=enough, **{also: True})
+
+
+def test_features_by_a_stream_of_their_own_come_in_order_and_all_of_them(monkeypatch):
+    """On a stand-in for CUDA: each batch is drawn before the features of the last are given out, after they
+    were waited for, and the last ones too; a batch on a CPU overtakes none."""
+    done = []
+
+    class Stream:
+        def wait_stream(self, other):
+            assert other is main
+
+        def record_event(self):
+            return done[-1]
+
+        def wait_event(self, event):
+            done.append(f"waited for {event}")
+
+    class Batch:
+        def __init__(self, name, is_cuda=True):
+            self.name, self.is_cuda, self.device, self.on = name, is_cuda, "cuda", []
+
+        def float(self):
+            return self
+
+        def record_stream(self, stream):
+            self.on.append(stream)
+
+    main, streams = Stream(), []
+
+    def new(device):
+        streams.append(Stream())
+        return streams[-1]
+
+    @contextmanager
+    def on(stream):
+        assert stream is streams[0]
+        yield
+
+    def network(batch):
+        done.append(f"features of {batch.name}")
+        return Batch(f"features of {batch.name}", batch.is_cuda)
+
+    given = [Batch("a"), Batch("b"), Batch("c", False), Batch("d")]
+
+    def drawn():
+        for batch in given:
+            done.append(f"drew {batch.name}")
+            yield batch
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "Stream", new)
+    monkeypatch.setattr(torch.cuda, "stream", on)
+    found = []
+    monkeypatch.setattr(evaluate, "_ready", inspect.unwrap(evaluate._ready))  # without checks of types
+    for features in inspect.unwrap(evaluate.features_of)(network, drawn()):
+        done.append(f"got {features.name}")
+        found.append(features)
+    of = [f"features of {name}" for name in "abcd"]
+    assert [features.name for features in found] == of
+    for name in "abd":
+        at = done.index(f"waited for features of {name}")
+        assert done[at + 1] == f"got features of {name}"
+    for name, after in ("ab", "bc"):
+        assert done.index(f"drew {after}") < done.index(f"got features of {name}")
+    assert [batch.on for batch in given] == [streams, streams, [], streams] and len(streams) == 1
+    assert [features.on for features in found] == [[main], [main], [], [main]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_features_are_those_of_each_batch(network):
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (60, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    on_gpu = copy.deepcopy(network).cuda()
+
+    def drawn():
+        for batch in images.split(8):
+            yield (batch.cuda().float() + 0).to(torch.uint8)  # memory that is free again soon
+
+    found = torch.cat([features.cpu() for features in evaluate.features_of(on_gpu, drawn())])
+    with torch.no_grad():
+        expected = torch.cat([on_gpu(batch.cuda()).float().cpu() for batch in images.split(8)])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_batch_that_is_lost_is_noticed(home, monkeypatch):
+    run, features_of = recorded(home), evaluate.features_of
+
+    def without_the_last(*given):
+        return list(features_of(*given))[:-1]
+
+    known = measure(run)[0]  # which makes the reference
+    assert known["samples"] == 7
+    monkeypatch.setattr(evaluate, "features_of", without_the_last)
+    with pytest.raises(ReproError, match="4 samples were measured, not the 7 asked for"):
+        measure(run, batch=4)
