@@ -282,7 +282,7 @@ class Encoder(nn.Module):
             return self.residual(channels, channels, factor)
         return Resample(channels, factor, convolve=True)
 
-    def attention(self, channels: int) -> Attention:
+    def attention(self, channels: int) -> Attention | SpatialTransformer:
         """Self-attention with as many heads as configured."""
         return Attention(channels, heads_for(self.config, channels))
 
@@ -306,7 +306,7 @@ class Encoder(nn.Module):
         x: Float[Tensor, "n c h w"],
         conditions: Iterator[Float[Tensor, "n _"]],
         keep: bool,
-        context: Float[Tensor, "n 1 e"] | None = None,
+        context: Float[Tensor, "n k e"] | None = None,
     ) -> tuple[Map, list[Map | None]]:
         """The middle's output; with `keep`, also the maps on the way down, for the way up."""
         h = Map(self.conv_in(x), self.conv_in.bias)
@@ -450,7 +450,7 @@ class Step(nn.ModuleList):
         conditions: Iterator[Float[Tensor, "n _"]],
         skip: Map | None = None,
         keep: bool = False,
-        context: Float[Tensor, "n 1 e"] | None = None,
+        context: Float[Tensor, "n k e"] | None = None,
     ) -> tuple[Map, Map | None]:
         """Pass `h` through the blocks in turn; `skip` goes to the first, `context` to each transformer. With
         `keep`, also `h` for later."""
