@@ -224,8 +224,8 @@ class EvaluateOptions:
     the Min-SNR authors, by EDM's fid.py against ADM's statistics, by default of 50,000 samples. Numbers of
     two protocols are not comparable. By default that of evaluate.features."""
     reference: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Of protocol edm: an .npz of mu and sigma instead of ADM's for imagenet64 or imagenet256, or ADM's file
-    where it is here already; by default it is downloaded."""
+    """Of protocol edm: an .npz of mu and sigma instead of ADM's for imagenet64 or imagenet256, whose name is
+    then in that of the distance, or ADM's file where it is here already; by default it is downloaded."""
     batch: int = 500
     """Images at a time; does not change them."""
     ema: float | None = None
@@ -241,7 +241,8 @@ class EvaluateOptions:
     """Measure so many times, each time on the next evaluate.samples seeds: how far apart the results are is
     the sampling error."""
     record: bool = True
-    """Append to metrics.jsonl; --no-record only prints."""
+    """Append to metrics.jsonl; --no-record only prints (but the hash of a reference that is downloaded for
+    protocol edm is kept in paper/released.json, which must be writable)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     settings: Path | None = None
     """JSON file of a list of samplers, [{"sampler": "ancestral", "eta": 1}, {"steps": 30}, ...]: measure each
@@ -267,18 +268,19 @@ def evaluate(name: str, arguments: list[str]) -> None:
         evaluate=recorded.config.evaluate,
         precision=recorded.config.train.precision,
     )
-    options = _parse("evaluate", name, default, arguments)
-    protocol = options.protocol
+    without_help = [each for each in arguments if each not in ("-h", "--help")]
+    protocol = _parse("evaluate", name, default, without_help).protocol
     if protocol is not None:  # which has defaults of its own
         features = "efficientnet_lite0" if protocol == "lab" else "inception"
         samples = evaluation.EDM_SAMPLES if protocol == "edm" else default.evaluate.samples
-        changed = replace(default.evaluate, features=features, samples=samples)
-        options = _parse("evaluate", name, replace(default, evaluate=changed), arguments)
-        if options.evaluate.features != features:
-            raise ReproError(
-                f"protocol {protocol} measures on {features}, not on {options.evaluate.features}; leave out "
-                f"--evaluate.features, or --protocol"
-            )
+        default = replace(default, evaluate=replace(default.evaluate, features=features, samples=samples))
+    options = _parse("evaluate", name, default, arguments)
+    if protocol is not None and options.evaluate.features != features:
+        told = "Inception as it resizes images itself" if protocol == "edm" else features
+        raise ReproError(
+            f"protocol {protocol} measures on {told}, not on {options.evaluate.features}; leave out "
+            f"--evaluate.features, or --protocol"
+        )
     if options.reference is not None and protocol != "edm":
         raise ReproError("--reference is an option of --protocol edm")
     _check_batch(options.batch)
@@ -289,10 +291,17 @@ def evaluate(name: str, arguments: list[str]) -> None:
     if recorded.config.model.kind == "autoencoder":
         _evaluate_autoencoder(recorded, options, place)
         return
+    denoiser = recorded.denoiser(place.device, average)
+    first, samples = options.evaluate.first_seed, options.evaluate.samples
+    blocks = [replace(options.evaluate, first_seed=first + n * samples) for n in range(options.blocks)]
+    measured = [
+        replace(recorded.config, sample=how, evaluate=block)
+        for how, block in itertools.product(_sampler_settings(options, recorded.sample), blocks)
+    ]
     against = None
     if protocol == "edm":
+        evaluation.check_edm(options.neighbours, options.precision_recall, options.standard_errors)
         against = official.fid_reference(recorded.config.data.name, options.reference)
-    denoiser = recorded.denoiser(place.device, average)
     if options.compile:
         denoiser.net = runs.compiled(denoiser.net)
         plans = recorded.config.train.cudnn_plans  # tried on the first batch, as in training
@@ -303,12 +312,10 @@ def evaluate(name: str, arguments: list[str]) -> None:
     fits = min(options.batch, options.evaluate.samples)
     features = against.features if against else options.evaluate.features
     network = evaluation.feature_network(features, place.device)
-    first, samples = options.evaluate.first_seed, options.evaluate.samples
-    blocks = [replace(options.evaluate, first_seed=first + n * samples) for n in range(options.blocks)]
-    for how, block in itertools.product(_sampler_settings(options, recorded.sample), blocks):
+    for run in measured:
         lines = evaluation.evaluate(
             denoiser,
-            replace(recorded.config, sample=how, evaluate=block),
+            run,
             fingerprint,
             recorded.record.images,
             place.device,
@@ -325,7 +332,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
             line |= {} if average is None else {"ema_halflife_images": average}
             print(
                 f"{line['name']}: {line['value']:.4f}, {line['samples']:,} samples from seed "
-                f"{line['first_seed']}, {_told(config.sample_json(how))}",
+                f"{line['first_seed']}, {_told(config.sample_json(run.sample))}",
                 flush=True,
             )
             if options.record:

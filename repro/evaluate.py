@@ -2,7 +2,8 @@
 recall, neighbours.
 
 A distance on Inception's features is "FID (clean)" of images resized as clean-fid does, "FID (edm)" of images
-as EDM's fid.py takes them: the two are not comparable. On any other network's it is "FD (<network>)".
+as EDM's fid.py takes them, to ADM's statistics ("FID (edm, <file>)" to others'): these are not comparable. On
+any other network's it is "FD (<network>)".
 """
 
 from __future__ import annotations
@@ -154,6 +155,15 @@ NETWORKS = {network.name: network for network in (EfficientNetLite0, Inception, 
 
 PROTOCOLS = {"efficientnet_lite0": "lab", "inception": "clean", "inception_legacy": "edm"}
 """What a distance on each network's features is measured by: numbers of different ones are not comparable."""
+
+
+def title(protocol: str) -> str:
+    """What a distance by that protocol is called; raises `ReproError` with the known ones for any other."""
+    networks = {known: features for features, known in PROTOCOLS.items()}
+    if protocol not in networks:
+        raise ReproError(f"unknown protocol {protocol!r}; known are {', '.join(networks)}")
+    return NETWORKS[networks[protocol]].title
+
 
 EDM_SAMPLES = 50_000
 """Of an FID by protocol edm, unless fewer are asked for."""
@@ -379,6 +389,8 @@ class ReferenceFile:
     sha256: str
     mean: Float[Tensor, " d"]
     covariance: Float[Tensor, "d d"]
+    title: str = InceptionLegacy.title
+    """Of a distance to them."""
 
     features = InceptionLegacy.name
 
@@ -391,8 +403,9 @@ def read_reference(path: str | Path, sha256: str) -> ReferenceFile:
     """The `mu` [2048] and `sigma` [2048, 2048] of an .npz file, float64, such as ADM's reference batches or
     EDM's fid-refs are. What else it holds (ADM's images) is not read.
 
-    Raises `ReproError` where it is no such file: damaged, without one of the two, of another dimension, not
-    finite, or with a `sigma` that is no covariance.
+    Raises `ReproError` where it is no such file: damaged, without one of the two, of another dimension, of
+    other than floating-point numbers, not finite, with a negative `mu`, or with a `sigma` that is no
+    covariance.
     """
     dimension = NETWORKS[ReferenceFile.features].dimension
     wanted = {"mu": (dimension,), "sigma": (dimension, dimension)}
@@ -402,21 +415,28 @@ def read_reference(path: str | Path, sha256: str) -> ReferenceFile:
             if missing := [name for name in wanted if name not in stored]:
                 has = ", ".join(stored) or "nothing"
                 raise ReproError(f"{path} lacks {' and '.join(missing)}; it holds {has}. {again}")
-            mean, covariance = (torch.from_numpy(stored[name].astype(np.float64)) for name in wanted)
+            arrays = {name: stored[name] for name in wanted}
     except ReproError:
         raise
     except Exception as error:  # numpy and zipfile raise whatever a damaged file leads them to
         raise ReproError(f"{path} is no whole .npz file ({type(error).__name__}). {again}") from error
-    for (name, shape), values in zip(wanted.items(), (mean, covariance), strict=True):
-        if tuple(values.shape) != shape:
-            raise ReproError(f"{path}: {name} is of shape {tuple(values.shape)}, not {shape}. {again}")
-        if not torch.isfinite(values).all():
+    for name, values in arrays.items():
+        if values.dtype.kind != "f":
+            raise ReproError(f"{path}: {name} is of {values.dtype}, not of floating-point numbers. {again}")
+        if values.shape != wanted[name]:
+            raise ReproError(f"{path}: {name} is of shape {values.shape}, not {wanted[name]}. {again}")
+        if not np.isfinite(values).all():
             raise ReproError(f"{path}: {name} is not finite. {again}")
-    if (covariance.diagonal() < 0).any() or not torch.allclose(
-        covariance, covariance.T, rtol=0, atol=1e-6 * float(covariance.diagonal().max())
-    ):
-        raise ReproError(f"{path}: sigma is no covariance (symmetric, no negative variance). {again}")
-    return ReferenceFile(Path(path).name, sha256, mean, (covariance + covariance.T) / 2)
+    mean, covariance = (torch.from_numpy(values.astype(np.float64)) for values in arrays.values())
+    if (mean < 0).any():
+        raise ReproError(f"{path}: mu is negative, and Inception's features are not. {again}")
+    least, *_, most = torch.linalg.eigvalsh(covariance).tolist()
+    apart = float((covariance - covariance.T).abs().max())
+    if most <= 0 or least < -1e-6 * most or apart > 1e-6 * most:
+        raise ReproError(
+            f"{path}: sigma is no covariance (symmetric, not 0, no negative eigenvalue). {again}"
+        )
+    return ReferenceFile(Path(path).name, sha256, mean, covariance)
 
 
 def reference_path(dataset: str, fingerprint: str, features: str) -> Path:
@@ -569,15 +589,8 @@ def evaluate(
     """
     began = time.perf_counter()
     how = run.evaluate
-    asked = {
-        "neighbours": neighbours, "precision_recall": precision_recall, "standard_errors": standard_errors
-    }  # fmt: skip
-    if against is not None and any(asked.values()):
-        raise ReproError(
-            f"protocol edm is a distance to released statistics and has no "
-            f"{', '.join(name for name, wanted in asked.items() if wanted)}, which need features of real "
-            f"images; measure these without it. (How much the distance varies with the samples: --blocks.)"
-        )
+    if against is not None:
+        check_edm(neighbours, precision_recall, standard_errors)
     if standard_errors:
         _check_groups(how.samples, GROUPS)
     if neighbours or precision_recall or standard_errors:
@@ -631,9 +644,8 @@ def evaluate(
         "device": device_name(device),
         "code": provenance.code_version("import repro.train"),
     }
-    lines = [
-        {"name": network.title, "value": value, **about, "seconds": round(time.perf_counter() - began, 1)}
-    ]
+    name = network.title if against is None else against.title
+    lines = [{"name": name, "value": value, **about, "seconds": round(time.perf_counter() - began, 1)}]
     if neighbours:
         found = nearest_training_images(generated.to(device), network, run, fingerprint, device)
         lines.append({"name": "nearest training image", **found, **about})
@@ -649,6 +661,19 @@ def evaluate(
         both = {"value": float(np.hypot(*of.values())), **of, "groups": GROUPS}
         lines.append({"name": f"standard error of {network.title}", **both, **about})
     return lines
+
+
+def check_edm(neighbours: bool, precision_recall: bool, standard_errors: bool) -> None:
+    """Raise `ReproError` where more is asked for than the distance, which is all that protocol edm has."""
+    asked = {
+        "neighbours": neighbours, "precision_recall": precision_recall, "standard_errors": standard_errors
+    }  # fmt: skip
+    if any(asked.values()):
+        raise ReproError(
+            f"protocol edm is a distance to released statistics and has no "
+            f"{', '.join(name for name, wanted in asked.items() if wanted)}, which need features of real "
+            f"images; measure these without it. (How much the distance varies with the samples: --blocks.)"
+        )
 
 
 def _used(other: str | None) -> dict | None:

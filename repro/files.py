@@ -131,11 +131,11 @@ def read_lines(path: str | Path) -> list[dict]:
 
 
 @contextmanager
-def lock(folder: str | Path) -> Iterator[None]:
+def lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
     """Make `folder` where it is missing, and keep other processes from working in it meanwhile.
 
-    Raises `Busy`, a `ReproError`, where another process works in it, and `ReproError` where it cannot be
-    written to.
+    wait: until no other process works in it. Raises `Busy`, a `ReproError`, where one does otherwise, and
+    `ReproError` where it cannot be written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -144,7 +144,7 @@ def lock(folder: str | Path) -> Iterator[None]:
         raise ReproError(f"cannot write in {folder}: {error}; choose another folder") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             raise Busy(
                 f"another process is working in {folder}; wait for it, or choose another folder"

@@ -122,7 +122,8 @@ def autoencoder_name(name: str) -> str:
 
 
 def _released(preset: str, name: str, note: str, **changes: object) -> config.Config:
-    return replace(presets.preset(preset), name=f"paper/{name}", note=note, **changes)
+    run = replace(presets.preset(preset), name=f"paper/{name}", note=note, **changes)
+    return replace(run, train=replace(run.train, precision="fp32"))  # what it is measured in, as the file is
 
 
 _unet = presets.preset("paper/imagenet64-unet")
@@ -281,35 +282,46 @@ REFERENCES = {
 def fid_reference(dataset: str, file: str | Path | None = None) -> evaluate.ReferenceFile:
     """What an FID by protocol edm of a network of that data set is measured against.
 
-    file: statistics to take instead of ADM's, or ADM's file where it is here already; by default ADM's is
-    downloaded, once. A file called as one of ADM's is must be the one that was first seen (`RELEASED`).
+    file: statistics to take instead of ADM's, by whose name a distance to them is called, or ADM's file where
+    it is here already; by default ADM's is downloaded, once, while other processes wait. A file called as
+    ADM's is must be the one that was first downloaded (`RELEASED`), where one was.
 
     Raises `ReproError` for a data set that ADM has no reference of, where no file is given, and for a file
-    that is missing, another than before, or no such statistics (see `evaluate.read_reference`).
+    that is missing, ADM's of another data set, another than before, or no such statistics (see
+    `evaluate.read_reference`).
     """
+    import pooch
+
     if file is None and dataset not in REFERENCES:
         raise ReproError(
             f"protocol edm measures against ADM's references, of {' and '.join(REFERENCES)}; there is none "
             f"of {dataset}. Give statistics of other images with --reference FILE (an .npz of mu and sigma)."
         )
-    urls = {name_in(url): url for url in REFERENCES.values()}
     if file is None:
-        path = download(REFERENCES[dataset], name_in(REFERENCES[dataset]), "--reference")
-    else:
-        path = Path(file)
+        url, name = REFERENCES[dataset], name_in(REFERENCES[dataset])
+        with files.lock(pooch.os_cache("repro"), wait=True):
+            path = download(url, name, "--reference")
+            try:
+                seen = checked(path, url, name)
+                found = evaluate.read_reference(path, seen["sha256"])
+            except ReproError:
+                path.unlink(missing_ok=True)  # or it would be taken from the cache again
+                raise
+        remember(name, seen)
+        return found
+    path = Path(file)
     if not path.is_file():
         raise ReproError(f"--reference: there is no file {path}")
-    if path.name not in urls:
-        return evaluate.read_reference(path, files.sha256(path))
-    seen = checked(path, urls[path.name], path.name)
-    try:
-        found = evaluate.read_reference(path, seen["sha256"])
-    except ReproError:
-        if file is None:
-            path.unlink()  # or it would be taken from the cache again
-        raise
-    remember(path.name, seen)
-    return found
+    of = {name_in(url): known for known, url in REFERENCES.items()}.get(path.name)
+    if of is None:
+        found = evaluate.read_reference(path, files.sha256(path))
+        return replace(found, title=f"FID (edm, {path.name})")
+    if of != dataset:
+        right = "statistics of its own images, under a name of their own"
+        if dataset in REFERENCES:
+            right = name_in(REFERENCES[dataset])
+        raise ReproError(f"{path} is ADM's reference of {of}, and the run is of {dataset}: give {right}")
+    return evaluate.read_reference(path, checked(path, REFERENCES[of], path.name)["sha256"])
 
 
 def name_in(url: str) -> str:
@@ -325,23 +337,30 @@ def first_seen() -> dict[str, dict]:
 def remember(name: str, seen: dict) -> None:
     """Add a file, as `checked` gives it, to `RELEASED`."""
     if first_seen().get(name) != seen:
-        files.write_json(RELEASED, first_seen() | {name: seen})
+        with files.lock(RELEASED.parent, wait=True):
+            files.write_json(RELEASED, first_seen() | {name: seen})
 
 
 def checked(path: Path, url: str, name: str, *known: dict) -> dict:
     """Address, size and SHA-256 of the released file `name`, which lies at `path`.
 
-    Raises `ReproError` where they are not those of `RELEASED`, or of each of `known`, which may lack some.
+    Raises `ReproError` where size or hash are not those of `RELEASED`, or of each of `known`, which may lack
+    some.
     """
     seen = {"url": url, "bytes": path.stat().st_size, "sha256": files.sha256(path)}
-    for before in (seen | each for each in (*known, first_seen().get(name, {}))):
+    for before in (seen | each | {"url": url} for each in (*known, first_seen().get(name, {}))):
         if before != seen:
             raise ReproError(
                 f"{path} is not the {name} that is known: {seen['bytes']:,} bytes of "
                 f"SHA-256 {seen['sha256'][:16]}…, not {before['bytes']:,} of {before['sha256'][:16]}…. "
-                f"Download it again."
+                f"Download it again{_or_forget(name)}."
             )
     return seen
+
+
+def _or_forget(name: str) -> str:
+    """What else can be done about a file that is not the one that is known, where `RELEASED` knows it."""
+    return f", or, if you trust this file, remove its entry from {RELEASED}" if name in first_seen() else ""
 
 
 LARGEST = 2**30
@@ -352,16 +371,21 @@ def download(url: str, name: str, option: str, published: dict | None = None) ->
     """The released file `name`, from the user's cache or its address.
 
     option: of the command line, that takes the file instead. published: its SHA-256, where it is known.
-    Raises `ReproError` where it cannot be had.
+    Raises `ReproError` where it cannot be had, or is not the one that is known.
     """
     import pooch
 
+    sha256 = (first_seen().get(name, {}) | (published or {})).get("sha256")
     try:
-        sha256 = (published or first_seen().get(name, {})).get("sha256")
         return Path(
             pooch.retrieve(url, sha256 and f"sha256:{sha256}", fname=name, path=pooch.os_cache("repro"))
         )
     except Exception as error:  # pooch passes on whatever requests and urllib raise
+        if isinstance(error, ValueError) and sha256 and sha256 in str(error):  # pooch's, of another hash
+            raise ReproError(
+                f"{url} gave another file than the {name} that is known, of SHA-256 {sha256[:16]}…. "
+                f"Download it again{_or_forget(name)}."
+            ) from error
         raise ReproError(
             f"{name} could not be downloaded ({type(error).__name__}). Fetch {url} on a machine "
             f"with internet access and give the file with {option}."

@@ -32,7 +32,7 @@ from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from repro import autoencoder, classifier, config, denoiser, files, provenance, sample, schedules
+from repro import autoencoder, classifier, config, denoiser, evaluate, files, provenance, sample, schedules
 from repro.files import ReproError
 from repro.models.autoencoder import KLAutoencoder
 from repro.models.unet import ADMUNet, NoisyClassifier
@@ -351,19 +351,24 @@ class Run:
         return {"seeds": seeds, "largest_mean_difference": float(apart.max()), "tolerance": SAMPLE_TOLERANCE}
 
     def distances(
-        self, how: config.Sample, samples: int | None = None, ema: float | None = None
+        self,
+        how: config.Sample,
+        samples: int | None = None,
+        ema: float | None = None,
+        protocol: str | None = None,
     ) -> list[dict]:
         """Lines of metrics.jsonl that are Fréchet distances of images drawn as `how` says, by images seen.
 
         samples: how many were drawn; by default as the run's configuration says. ema: half-life in images of
-        the average that was measured; by default the main one. Only lines with the run's own feature network,
-        first seed and precision; of several at the same number of images, the last. Raises `ReproError` where
-        other runs (a classifier, say) of different weights took part, and where it keeps no such average.
+        the average that was measured; by default the main one. protocol: by which it was measured; by default
+        that of the run's own feature network. Only lines with the run's own first seed and precision; of
+        several at the same number of images, the last. Raises `ReproError` where other runs (a classifier,
+        say) of different weights took part, and where there is no such average or protocol.
         """
         own = self.config.evaluate.first_seed
         last = {
             line["images"]: line
-            for line in self._measured(how, samples or self.config.evaluate.samples, ema)
+            for line in self._measured(how, samples, ema, protocol)
             if line["first_seed"] == own
         }
         for other in ("classifier", "low_noise", "autoencoder"):
@@ -397,16 +402,18 @@ class Run:
             key=lambda other: other["samples"],
         )
 
-    def blocks(self, how: config.Sample, samples: int | None = None) -> list[float]:
+    def blocks(
+        self, how: config.Sample, samples: int | None = None, protocol: str | None = None
+    ) -> list[float]:
         """Distances at the end of training, of blocks of sample seeds, the run's own among them.
 
         How far they are apart is the sampling error (`python -m repro evaluate RUN --evaluate.first-seed N
-        --blocks 3`). samples: how many in a block; by default as the run's configuration says. Of the main
-        average, by first seed; of a block measured twice the last line, and of blocks that share seeds the
-        first.
+        --blocks 3`). samples: how many in a block; by default as the run's configuration says. protocol: as
+        in `distances`. Of the main average, by first seed; of a block measured twice the last line, and of
+        blocks that share seeds the first.
         """
         first_seeds, values = [], {}
-        for line in self._measured(how, samples or self.config.evaluate.samples, None):
+        for line in self._measured(how, samples, None, protocol):
             first = line["first_seed"]
             shares = any(abs(first - other) < line["samples"] for other in first_seeds)
             if line["images"] == self.record.images and (first in values or not shares):
@@ -435,22 +442,28 @@ class Run:
         As `python -m repro evaluate RUN --standard-errors` measures it; samples: as in `distances`. None
         where nobody has.
         """
-        number = samples or self.config.evaluate.samples
-        lines = self._measured(how, number, None, ("standard error of",))
+        lines = self._measured(how, samples, None, of="standard error of ")
         return next((line for line in reversed(lines) if line["images"] == self.record.images), None)
 
     def _measured(
-        self, how: config.Sample, samples: int, ema: float | None, names: tuple[str, ...] = ("FD", "FID")
+        self,
+        how: config.Sample,
+        samples: int | None,
+        ema: float | None,
+        protocol: str | None = None,
+        of: str = "",
     ) -> list[dict]:
-        """Lines of these names' beginnings of so many images from any seed, as `distances` describes."""
+        """Lines of distances from any seed, as `distances` describes, or of what else is called by them."""
         own, average = self.config, self.further_average(ema)
+        name = of + evaluate.title(protocol or evaluate.PROTOCOLS[own.evaluate.features])
+        number = samples or own.evaluate.samples
         return [
             line
             for line in self.metrics
-            if line["name"].startswith(names)
+            if line["name"] == name
             and line.get("ema_halflife_images") == average
-            and (config.sample_from_json(line["sample"]), line["samples"]) == (how, samples)
-            and (line["features"], line["precision"]) == (own.evaluate.features, own.train.precision)
+            and (config.sample_from_json(line["sample"]), line["samples"]) == (how, number)
+            and line["precision"] == own.train.precision
         ]
 
     @property

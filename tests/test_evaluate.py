@@ -9,8 +9,10 @@ import json
 import math
 import multiprocessing
 import re
+import shutil
 import tarfile
 from contextlib import contextmanager
+import time
 
 import jaxtyping
 import numpy as np
@@ -732,6 +734,7 @@ def edm(home, monkeypatch):
     monkeypatch.setenv("REPRO_DATA", str(home / "nowhere"))
     monkeypatch.setitem(evaluate.NETWORKS, "inception_legacy", Quarters)
     monkeypatch.setattr(official, "RELEASED", home / "released.json")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
     asked = []
 
     def retrieve(url, known_hash, fname, path):
@@ -832,18 +835,28 @@ def test_each_protocol_has_its_features_and_number_of_samples(edm, monkeypatch):
     [
         (["--neighbours"], "has no neighbours, which need features of real images"),
         (["--precision-recall", "--standard-errors"], "has no precision_recall, standard_errors, which"),
-        (["--evaluate.features", "efficientnet_lite0"], "protocol edm measures on inception, not on eff"),
+        (
+            ["--evaluate.features", "efficientnet_lite0"],
+            "protocol edm measures on Inception as it resizes images itself, not on efficientnet_lite0",
+        ),
+        (["--settings", "/nowhere.json"], "--settings /nowhere.json cannot be read"),
         (["--protocol", "clean", "--reference", "x.npz"], "--reference is an option of --protocol edm"),
         (["--reference", "x.npz"], "there is no file x.npz"),
     ],
 )
-def test_what_protocol_edm_has_not_is_refused_before_samples_are_drawn(
-    edm, options, message, capsys, monkeypatch
-):
+def test_what_protocol_edm_has_not_is_refused_before_all_else(edm, options, message, capsys, monkeypatch):
     monkeypatch.setattr(sample, "generate", lambda *_, **__: pytest.fail("samples were drawn"))
     assert main([*EDM_, *options]) == 1
     assert message in capsys.readouterr().err
     assert not (edm[0] / "runs" / "lab" / "tiny" / "metrics.jsonl").exists()
+    assert edm[1] == []  # nothing was downloaded
+
+
+def test_help_tells_the_defaults_of_the_protocol(edm, capsys):
+    for options, samples in (([], 7), (["--protocol", "edm"], 50_000)):
+        with pytest.raises(SystemExit):
+            main(["evaluate", "lab/tiny", *options, "--help"])
+        assert re.search(rf"--evaluate.samples INT\W+\(default: {samples}\)", capsys.readouterr().out)
 
 
 def test_data_without_adms_statistics_need_others(home, monkeypatch, capsys):
@@ -857,13 +870,33 @@ def test_data_without_adms_statistics_need_others(home, monkeypatch, capsys):
     path = save_statistics(home / "celeba.npz")
     assert main([*EDM_, "--reference", str(path), "--evaluate.samples", "5"]) == 0
     (line,) = runs.load_run(run.path).metrics
+    assert line["name"] == "FID (edm, celeba.npz)"
     assert line["reference"] == {"name": "celeba.npz", "sha256": files.sha256(path)}
     assert not official.RELEASED.exists()  # which knows released files alone
 
 
-def test_adms_file_given_by_hand_must_be_the_one_first_seen(edm, tmp_path):
+def test_each_of_adms_references_is_of_its_data_set():
+    for dataset, url in official.REFERENCES.items():
+        side = dataset.removeprefix("imagenet")
+        assert url.endswith(f"/imagenet/{side}/VIRTUAL_imagenet{side}_labeled.npz")
+
+
+@pytest.mark.parametrize(
+    "dataset, right",
+    [("imagenet256", "VIRTUAL_imagenet256_labeled.npz"), ("celeba64", "statistics of its own images")],
+)
+def test_adms_file_of_another_data_set_is_refused(edm, tmp_path, dataset, right):
     path = save_statistics(tmp_path / ADM_64)
-    found = official.fid_reference("imagenet64", path)
+    with pytest.raises(ReproError, match=f"of imagenet64, and the run is of {dataset}: give {right}"):
+        official.fid_reference(dataset, path)
+
+
+def test_adms_file_given_by_hand_must_be_the_one_first_downloaded(edm, tmp_path):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    official.fid_reference("imagenet64", save_statistics(folder / ADM_64, **statistics(seed=1)))
+    assert not official.RELEASED.exists()  # nobody knows that this file is ADM's
+    found, path = official.fid_reference("imagenet64"), tmp_path / ADM_64
     for name, value in (("mean", statistics()["mu"]), ("covariance", statistics()["sigma"])):
         np.testing.assert_allclose(getattr(found, name), value, rtol=1e-12)
         assert getattr(found, name).dtype == torch.float64
@@ -873,12 +906,65 @@ def test_adms_file_given_by_hand_must_be_the_one_first_seen(edm, tmp_path):
         "bytes": path.stat().st_size,
         "sha256": found.sha256,
     }
-    save_statistics(path, **statistics(seed=1))
+    assert official.fid_reference("imagenet64", path).sha256 == found.sha256
     with pytest.raises(
         ReproError, match=rf"is not the {ADM_64} that is known: .* not .* of {found.sha256[:16]}"
-    ):
-        official.fid_reference("imagenet64", path)
+    ) as error:
+        official.fid_reference("imagenet64", folder / ADM_64)
+    assert f"if you trust this file, remove its entry from {official.RELEASED}" in str(error.value)
     assert json.loads(official.RELEASED.read_text())[ADM_64] == seen
+
+
+def test_a_download_of_another_file_than_is_known_is_no_failed_download(edm, monkeypatch, tmp_path):
+    import pooch
+
+    monkeypatch.undo()  # pooch as it is, but for what it downloads
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(official, "RELEASED", tmp_path / "released.json")
+    monkeypatch.setitem(evaluate.NETWORKS, "inception_legacy", Quarters)
+
+    def downloaded(_, file, *__):
+        save_statistics(tmp_path / ADM_64)
+        shutil.copy(tmp_path / ADM_64, file)
+
+    real = pooch.retrieve
+    monkeypatch.setattr(pooch, "retrieve", lambda *given, **more: real(*given, **more, downloader=downloaded))
+    files.write_json(official.RELEASED, {ADM_64: {"url": "x", "bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(ReproError, match="gave another file than the .* that is known") as error:
+        official.fid_reference("imagenet64")
+    assert f"if you trust this file, remove its entry from {official.RELEASED}" in str(error.value)
+    official.RELEASED.unlink()
+    assert official.fid_reference("imagenet64").sha256 == files.sha256(tmp_path / ADM_64)
+
+
+def test_processes_wait_for_each_others_download_and_remember_all(edm, monkeypatch):
+    import pooch
+
+    home, _ = edm
+
+    def retrieve(url, known_hash, fname, path):
+        (home / "downloading").mkdir()
+        (home / fname).write_bytes(b"<html>not found</html>")
+        time.sleep(0.1)
+        (home / "downloading").rmdir()
+        return str(home / fname)
+
+    def slow(path, values, write=files.write_json):
+        time.sleep(0.3)
+        write(path, values)
+
+    def work(rank):
+        try:
+            official.fid_reference("imagenet64")
+        except Exception as error:
+            official.remember(f"{rank}.npz", {"sha256": "0"})
+            return repr(error)
+
+    monkeypatch.setattr(pooch, "retrieve", retrieve)
+    monkeypatch.setattr(files, "write_json", slow)
+    for told in in_processes(home, work, world=3):
+        assert told.startswith("ReproError(") and "is no whole .npz file" in told
+    assert sorted(official.first_seen()) == ["0.npz", "1.npz", "2.npz"]
 
 
 def test_a_download_that_fails_or_is_damaged_says_what_to_do(edm, monkeypatch, tmp_path):
@@ -913,8 +999,13 @@ SIGMA = statistics()["sigma"]
         ({"sigma": SIGMA[:6, :6]}, r"sigma is of shape \(6, 6\), not \(12, 12\)"),
         ({"mu": np.full(12, np.nan)}, "mu is not finite"),
         ({"sigma": SIGMA * np.where(np.eye(12), np.inf, 1)}, "sigma is not finite"),
+        ({"mu": np.full(12, "1")}, "mu is of <U1, not of floating-point numbers"),
+        ({"sigma": SIGMA + 0j}, "sigma is of complex128, not of floating-point numbers"),
+        ({"mu": -statistics()["mu"]}, "mu is negative, and Inception's features are not"),
         ({"sigma": SIGMA + np.triu(np.ones((12, 12)), 1)}, "sigma is no covariance"),
         ({"sigma": -SIGMA}, "sigma is no covariance"),
+        ({"sigma": SIGMA + 50 * (1 - np.eye(12))}, "sigma is no covariance"),  # indefinite
+        ({"sigma": np.zeros((12, 12))}, "sigma is no covariance"),
         (
             {"mu": np.array([{}] * 12)},
             r"is no whole .npz file \(ValueError\)",

@@ -552,7 +552,7 @@ def test_each_source_of_variation_is_as_large_as_in_the_records(tmp_path, monkey
     run = runs.load_run("lab/imagenet64-x0-constant")
     (*_, line) = run.distances(run.sample)
     of = {"of_reference": 0.03 * line["value"], "of_samples": 0.02 * line["value"], "groups": 20}
-    files.append_line(run.path / "metrics.jsonl", {**line, "name": "standard error of FD", **of})
+    files.append_line(run.path / "metrics.jsonl", {**line, "name": f"standard error of {line['name']}", **of})
     render.render("sec4_4_seeds", out=tmp_path / "paper")
     found = json.loads((tmp_path / "paper" / "values" / "sec4_4_seeds.json").read_text())["values"]
     assert sorted(found["training"]) == sorted(presets.SEEDED) and len(found["sampling"]) == 2

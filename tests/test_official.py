@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
 import shutil
 from pathlib import Path
 
@@ -14,10 +16,11 @@ from released import listed
 from safetensors.torch import save_file
 from test_vit import numpy_vit
 
-from repro import __main__, config, files, official, presets, provenance, render, runs, train
+from repro import __main__, config, evaluate, files, official, presets, provenance, render, runs, train
 from repro.files import ReproError
 from repro.models.vit import ViT
 
+README = provenance.ROOT / "README.md"
 KEYS = {
     "minsnr-vit-l-imagenet64": "minsnr-vit-l-imagenet64 (ema_0.9999_large.pt)",
     "minsnr-vit-xl-imagenet256": "minsnr-vit-xl-imagenet256-latent (ema_0.9999_xl.pt)",
@@ -388,10 +391,24 @@ def test_a_grid_of_an_imported_run_says_whose_weights_they_are(small):
     with pytest.raises(ReproError, match=f"python -m repro sample paper/{name} --record"):
         render.render("grid", figures)
     assert __main__.main(["sample", f"paper/{name}", "--record", "--device", "cpu"]) == 0
+    run = runs.load_run(f"paper/{name}")
+    line = {
+        "images": 0, "samples": 50_000, "first_seed": 1_000_000, "sampler": "heun", "steps": 20,
+        "evaluations": 78, "guidance": 1.5, "sample": config.sample_json(run.sample), "precision": "fp32",
+        "reference": {"name": "x.npz", "sha256": "0" * 64},
+    }  # fmt: skip
+    edm = line | {"name": "FID (edm)", "protocol": "edm", "features": "inception_legacy", "value": 2.5}
+    for one in (
+        edm,
+        line | {"name": "FID (clean)", "protocol": "clean", "features": "inception", "value": 3.5},
+    ):
+        files.append_line(run.path / "metrics.jsonl", one)
     render.render("grid", figures)
     values = json.loads((small / "paper" / "values" / "grid.json").read_text())["values"]
     assert values["run"]["imported"]["url"] == official.CHECKPOINTS[name].url
-    assert values["distance"] is None and values["real_halves"] is None
+    assert (values["distance"]["name"], values["distance"]["value"]) == ("FID (edm)", 2.5)
+    assert [m["value"] for m in values["curve"]] == [2.5] and values["real_halves"] is None
+    assert [row["FID (edm)"] for row in values["samplers"]] == [2.5]
 
 
 def test_weights_of_a_record_that_git_keeps_without_them_are_restored(small):
@@ -440,6 +457,55 @@ def test_a_file_must_be_the_one_that_was_seen_first(small):
     torch.save(state, path)
     with pytest.raises(ReproError, match=r"is not the ema_0.9999_large.pt that is known"):
         official.import_checkpoint(name, path)
+
+
+def test_a_file_that_moved_is_the_same_and_one_of_which_size_alone_is_published_is_known_by_hash(
+    small, monkeypatch
+):
+    import pooch
+
+    path = small / "a.pt"
+    path.write_bytes(b"a")
+    seen = official.checked(path, "https://old/a.pt", "a.pt")
+    official.remember("a.pt", seen)
+    moved = official.checked(path, "https://new/a.pt", "a.pt", {"bytes": 1})
+    assert moved == seen | {"url": "https://new/a.pt"}
+    asked = []
+    monkeypatch.setattr(pooch, "retrieve", lambda url, known, **_: asked.append(known) or str(path))
+    for published in ({"bytes": 1}, {"sha256": "f"}, {}, None):
+        official.download("https://new/a.pt", "a.pt", "--file", published)
+    known = f"sha256:{seen['sha256']}"
+    assert asked == [known, "sha256:f", known, known]
+
+
+def test_the_command_of_the_readme_measures_what_its_run_is_known_by(small, monkeypatch):
+    """A line of it is among the run's distances by protocol edm; and a classifier has none."""
+    (command,) = re.findall(r"-m repro (evaluate paper/.* --protocol edm.*)", README.read_text())
+    words = [word for word in shlex.split(command) if word != "--compile"]
+    name = words[1].removeprefix("paper/")
+    official.import_checkpoint(name, released(small, name))
+    asked = []
+
+    def measured(_, run, *others):
+        about = {"images": others[1], "samples": run.evaluate.samples, "first_seed": run.evaluate.first_seed}
+        line = {"name": others[-1].title, "value": 2.5, "precision": others[3]}
+        return [line | about | {"sample": config.sample_json(run.sample)}]
+
+    def reference(*given):
+        asked.append(given)
+        return evaluate.ReferenceFile("x.npz", "0", torch.zeros(1), torch.ones(1, 1))
+
+    monkeypatch.setattr(official, "fid_reference", reference)
+    monkeypatch.setattr(evaluate, "feature_network", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate", measured)
+    assert __main__.main([*words, "--device", "cpu"]) == 0
+    run = runs.load_run(words[1])
+    (line,) = run.distances(run.sample, protocol="edm")
+    assert line["precision"] == "fp32" and asked == [("imagenet64", None)]
+    guide = "adm-imagenet64-classifier"
+    official.import_checkpoint(guide, released(small, guide))
+    assert __main__.main(["evaluate", f"paper/{guide}", "--protocol", "edm", "--device", "cpu"]) == 1
+    assert len(asked) == 1
 
 
 class Poison:

@@ -249,12 +249,17 @@ def test_a_distance_of_another_protocol_is_in_no_selection(root):
             "first_seed": run.evaluate.first_seed}  # fmt: skip
     edm = {**line, "name": "FID (edm)", "features": "inception_legacy", "protocol": "edm", "value": 9.0}
     files.append_line(root / NAME / "metrics.jsonl", line)
-    for one in (edm, edm | {"first_seed": 7}, edm | {"images": 4}):
+    early, other = edm | {"images": 4}, edm | {"name": "FID (edm, other.npz)"}
+    for one in (edm, edm | {"first_seed": 7, "value": 8.0}, early, other):
         files.append_line(root / NAME / "metrics.jsonl", one)
     found = load(root)
     assert found.distances(RUN.sample) == [line] and found.curve(RUN.sample) == ([8], [1.0])
     assert found.blocks(RUN.sample) == [1.0] and [m for _, m in found.at_the_end()] == [line]
     assert found.of_the_same_samples(line) == [line]
+    assert found.distances(RUN.sample, protocol="edm") == [early, edm]  # but of other statistics
+    assert found.blocks(RUN.sample, protocol="edm") == [8.0, 9.0]
+    with pytest.raises(ReproError, match="unknown protocol 'adm'; known are lab, clean, edm"):
+        found.distances(RUN.sample, protocol="adm")
 
 
 def test_rows_of_images_go_with_the_weights_that_drew_them(root):
