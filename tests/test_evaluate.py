@@ -11,8 +11,8 @@ import multiprocessing
 import re
 import shutil
 import tarfile
-from contextlib import contextmanager
 import time
+from contextlib import contextmanager
 
 import jaxtyping
 import numpy as np
