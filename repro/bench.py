@@ -577,8 +577,9 @@ def main(
             starter, more = [sys.executable], []
             if name in FROM_DISK:
                 how = FROM_DISK[name]
-                path = Path(folder) / "moments.f16"
-                write_latents(path, training_of(VARIANTS[how.variant]))
+                path = Path(folder) / "moments.f16"  # of one shape for all
+                if not path.exists():
+                    write_latents(path, training_of(VARIANTS[how.variant]))
                 more = ["--latents", str(path)]
                 if how.gpus > 1:
                     starter += ["-m", "torch.distributed.run", "--standalone"]

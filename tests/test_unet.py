@@ -467,9 +467,8 @@ def test_gradients_reach_the_output_at_the_start_and_every_parameter_after():
             assert parameter.grad is not None and parameter.grad.abs().max() > 1e-9, name
 
 
-def test_float32_and_bfloat16_autocast_stay_close_to_float64():
-    net = tiny()
-    x = noise(3, 3, 8, 8)
+def check_less_precision(net: torch.nn.Module, x: torch.Tensor) -> None:
+    """Outputs in float32, and under bfloat16 autocast, are float32 and near those in float64."""
     exact = net(x, TIMES, LABELS)
     net = net.float()
     single = net(x.float(), TIMES, LABELS)
@@ -477,7 +476,12 @@ def test_float32_and_bfloat16_autocast_stay_close_to_float64():
     assert (single - exact).abs().max() < 1e-4 * exact.abs().max()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         half = net(x.float(), TIMES, LABELS)
+    assert half.dtype == torch.float32
     assert 1e-5 < (half - exact).abs().max() / exact.abs().max() < 0.1
+
+
+def test_float32_and_bfloat16_autocast_stay_close_to_float64():
+    check_less_precision(tiny(), noise(3, 3, 8, 8))
 
 
 @pytest.mark.parametrize("outputs", [3, 6])
