@@ -1,4 +1,5 @@
-"""Command line: prepare, train, train-all, sample, evaluate, gradients, import, render, trace, presets.
+"""Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, trace, cards,
+presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -533,6 +534,22 @@ def trace(
     return status
 
 
+def cards(check: bool = False) -> int:
+    """Write a model card for each recorded run, and a data card for each data set that runs name.
+
+    Args:
+        check: Only say which are not as they would be written; status 1 where some are not.
+    """
+    from repro import cards as writing
+
+    wanted = writing.cards()
+    found = writing.differences(wanted)
+    if not check:
+        writing.write(wanted)
+    print("\n".join(found) or f"all {len(wanted)} cards are as the records have it")
+    return 1 if check and found else 0
+
+
 def presets(profile: Literal["lab", "paper"] | None = None) -> None:
     """List the runs that can be trained.
 
@@ -604,6 +621,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "import": import_,
                 "render": render,
                 "trace": trace,
+                "cards": cards,
                 "presets": presets,
             }
             return tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=[command, *rest]) or 0
