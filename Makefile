@@ -19,7 +19,7 @@ ifneq ($(TORCH),default)
 export UV_FIND_LINKS ?= $(shell echo "$$PIP_FIND_LINKS" | tr -s ' ' ,)
 endif
 
-.PHONY: help figures $(FIGURES) test kernels lint lab lock clean-env
+.PHONY: help figures $(FIGURES) verify test kernels lint lab lock clean-env
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -30,6 +30,9 @@ figures: $(FIGURES) ## Draw every figure and table of paper/figures.toml that is
 
 $(FIGURES): $(READY)
 	@.venv/bin/python -m repro render $@
+
+verify: $(READY) ## Draw everything anew beside what is committed, and compare; ARGS="--level records" takes seconds
+	@.venv/bin/python -m repro verify $(ARGS)
 
 test: $(READY) ## Run the tests; ARGS="-k samplers" runs some of them
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)

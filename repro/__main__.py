@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -534,6 +534,55 @@ def trace(
     return status
 
 
+def verify(
+    ids: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    level: Literal["records", "figures", "checkpoints"] = "figures",
+    out: Folder = None,
+    device: Device = None,
+    report: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+) -> int:
+    """Check that the records are whole and that the outputs follow from them. Status 1 where they do not.
+
+    Level records takes seconds: the hashes of all recorded files, and what each figure, table and value was
+    made from. Level figures, the default, also draws them anew and compares, which takes minutes. Level
+    checkpoints draws each recorded run's samples again and measures them: on a GPU, minutes.
+
+    Args:
+        ids: Outputs to draw anew (or, at level checkpoints, runs to measure); by default all.
+        level: How far to go.
+        out: Folder for what is drawn anew; by default build/verify.
+        device: Where to draw samples at level checkpoints; by default the GPU if there is one.
+        report: Also write what was found to this JSON file.
+    """
+    from repro import files, provenance
+    from repro import verify as verifying
+
+    def told(findings: Iterable[verifying.Finding]) -> list[verifying.Finding]:
+        seen = []
+        for finding in findings:
+            seen.append(finding)
+            print(f"{'well ' if finding.well else 'WRONG'}  {finding.name}: {finding.told}", flush=True)
+        return seen
+
+    if level == "checkpoints":
+        import torch
+
+        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        found = told(verifying.remeasured(ids or None, where))
+    else:
+        found = [*told(verifying.records()), *told(verifying.traced()), *told(verifying.strays())]
+        if level == "figures":
+            from repro import render as rendering
+
+            scratch = out or provenance.ROOT / "build" / "verify"
+            found += told(verifying.redrawn(ids or rendering.ids(), scratch))
+    if report:
+        files.write_json(report, [vars(finding) for finding in found])
+    print(verifying.summary(found))
+    return 0 if all(finding.well for finding in found) else 1
+
+
 def cards(check: bool = False) -> int:
     """Write a model card for each recorded run, and a data card for each data set that runs name.
 
@@ -621,6 +670,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "import": import_,
                 "render": render,
                 "trace": trace,
+                "verify": verify,
                 "cards": cards,
                 "presets": presets,
             }

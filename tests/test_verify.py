@@ -1,0 +1,241 @@
+"""Verification: what is whole is found well, and each kind of damage is found and named."""
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+
+from repro import evaluate, files, provenance, render, runs, verify
+from repro.__main__ import main
+from repro.files import ReproError
+
+RUN = "paper/runs/lab/celeba64-unet"
+WEIGHTS = "weights-00003-of-00003.safetensors"
+
+NOTEBOOK = """
+import matplotlib.pyplot as plt
+import pandas as pd
+from repro import files, paper, provenance, weights
+
+measured = files.read_json(provenance.used(provenance.ROOT / "paper" / "measured.json"))
+fig, ax = plt.subplots(figsize=(2, 2))
+ax.plot([0, measured["value"]], [0, weights.LARGEST])
+paper.save_figure(fig, "fig", dpi=60)
+paper.save_table("fig", pd.DataFrame({"value": [measured["value"]]}), "One number.")
+paper.save_values("fig", {"of": {"value": measured["value"], "largest": weights.LARGEST}})
+"""
+
+
+def flip(path: Path, at: int = -1) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+
+
+def wrong(findings) -> dict[str, str]:
+    return {finding.name: finding.told for finding in findings if not finding.well}
+
+
+# Runs
+
+
+@pytest.fixture
+def recorded(tmp_path, monkeypatch):
+    """A copy of one recorded run."""
+    shutil.copytree(provenance.ROOT / RUN, tmp_path / "runs" / "lab" / "one")
+    monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs" / "lab" / "one"
+
+
+def told_of(folder: Path) -> str:
+    (finding,) = verify.records()
+    assert finding.name == provenance.relative(folder)
+    assert finding.well == ("are those of run.json" in finding.told)
+    return finding.told
+
+
+def test_a_run_is_whole_until_any_of_its_files_is_not(recorded):
+    assert told_of(recorded) == "4 files are those of run.json"
+    flip(recorded / WEIGHTS)
+    assert told_of(recorded) == f"{WEIGHTS} is changed"
+    flip(recorded / WEIGHTS)
+    flip(recorded / "samples.png", at=5000)
+    (recorded / WEIGHTS).unlink()
+    assert told_of(recorded) == f"{WEIGHTS} is missing; samples.png is changed"
+    (recorded / "metrics.jsonl").write_text("{}\n3\n")
+    assert "metrics.jsonl has a line that is no record" in told_of(recorded)
+    (recorded / "run.json").write_text("{")
+    assert "run.json" in told_of(recorded)
+
+
+# Outputs
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A repository with a library, a measured number, and an output drawn from both."""
+    root = tmp_path / "checkout"
+    shutil.copytree(provenance.ROOT / "repro", root / "repro", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(root / "repro" / "weights.py", "a") as module:
+        module.write("\nLARGEST = 5\n")
+    book = nbformat.v4.new_notebook()
+    book.cells = [
+        nbformat.v4.new_code_cell("number = 1", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(NOTEBOOK),
+    ]
+    (root / "notebooks").mkdir()
+    nbformat.write(book, root / "notebooks" / "draw.ipynb")
+    files.write_json(root / "paper" / "measured.json", {"value": 17.4})
+    entry = "[fig]\nnotebook = 'notebooks/draw.ipynb'\ntime_limit = 120\n"
+    (root / "paper" / "figures.toml").write_text(entry)
+    monkeypatch.setattr(provenance, "ROOT", root)
+    monkeypatch.delenv("REPRO_PAPER_OUT", raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(root))
+    render.render("fig", root / "paper" / "figures.toml")
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        of = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b", *command]
+        subprocess.run(of, check=True, capture_output=True)
+    return root
+
+
+def test_one_digit_and_one_line_are_caught_and_named(checkout, tmp_path, capsys):
+    """Traced, and drawn anew."""
+    scratch = tmp_path / "scratch"
+    found = [*verify.traced(), *verify.strays(), *verify.redrawn(["fig"], scratch)]
+    assert not wrong(found) and len(found) == 2 * 6  # .png .pdf .csv .md .tex .json
+    number, line = checkout / "paper" / "measured.json", checkout / "repro" / "weights.py"
+    replace(number, "17.4", "17.5")
+    assert set(wrong(verify.traced()).values()) == {"paper/measured.json is changed"}
+    replace(line, "LARGEST = 5", "LARGEST = 6")
+    for told in wrong(verify.traced()).values():
+        assert "the code of the library is other than recorded" in told
+        assert "repro/weights.py is changed" in told
+    found = wrong(verify.redrawn(["fig"], scratch))
+    assert found["values/fig.json"] == "values.of.largest is 6, not 5; values.of.value is 17.5, not 17.4"
+    assert found["tables/fig.csv"] == "'17.4' is '17.5' now"
+    assert "allowed" in found["figures/fig.png"] and "as a .png" in found["figures/fig.pdf"]
+    replace(number, "17.5", "17.4")
+    replace(line, "LARGEST = 6", "LARGEST = 5")
+    shutil.copy(checkout / "paper" / "values" / "fig.json", checkout / "paper" / "values" / "fig_old.json")
+    (checkout / "paper" / "tables" / "fig.csv").unlink()
+    assert wrong(verify.redrawn(["fig"], scratch)) == {
+        "tables/fig.csv": "is made, but is not in paper/",
+        "values/fig_old.json": "is not drawn any more: remove it",
+    }
+    replace(checkout / "paper" / "figures.toml", "time_limit", "parameters = {number = 2}\ntime_limit")
+    assert "values/fig.json" in wrong(verify.strays())
+
+
+def picture(path: Path, text: str = "a", thick: int = 2, size: tuple[int, int] = (200, 100)) -> Path:
+    image = Image.new("RGB", size, "white")
+    drawn = ImageDraw.Draw(image)
+    drawn.line((10, 90, 190, 10), "black", thick)
+    drawn.text((60, 20), text, "black", font_size=30)
+    image.save(path)
+    return path
+
+
+def test_pictures_are_compared_as_an_eye_does(tmp_path):
+    one = picture(tmp_path / "one.png")
+    assert verify._pictures(one, picture(tmp_path / "two.png")) == (True, "the same pixels")
+    for name, changed in (("text", {"text": "b"}), ("thick", {"thick": 5}), ("size", {"size": (200, 101)})):
+        well, told = verify._pictures(one, picture(tmp_path / f"{name}.png", **changed))
+        assert not well and ("allowed" in told or told == "200 x 101 pixels, not 200 x 100")
+    noisy = np.asarray(Image.open(one)).astype(int)
+    edges = np.abs(np.diff(noisy, axis=1, prepend=255)) > 0
+    noisy = np.clip(noisy + edges * 20, 0, 255)  # as another way to smooth edges
+    Image.fromarray(noisy.astype(np.uint8)).save(tmp_path / "noisy.png")
+    well, told = verify._pictures(one, tmp_path / "noisy.png")
+    assert well and "smoothed, pixels differ by up to" in told
+
+
+def test_values_and_tables_are_compared_to_the_last_digit(tmp_path):
+    def written(name: str, values: dict) -> Path:
+        files.write_json(tmp_path / name, {"provenance": {"id": name}, "values": values})
+        return tmp_path / name
+
+    one = written("one.json", {"a": [1.0, {"b": "x"}], "c": None})
+    assert verify.compare(one, written("two.json", {"a": [1.0, {"b": "x"}], "c": None}), "n").well
+    for values, told in (
+        ({"a": [1.0, {"b": "y"}], "c": None}, 'values.a.1.b is "y", not "x"'),
+        ({"a": [1.0000000001, {"b": "x"}], "c": None}, "values.a.0 is 1.0000000001, not 1.0"),
+        ({"a": [1.0], "c": None}, 'values.a is [1.0], not [1.0, {"b": "x"}]'),
+        ({"a": [1.0, {"b": "x"}], "d": None}, "values.c is gone; values.d is new"),
+    ):
+        finding = verify.compare(one, written("other.json", values), "n")
+        assert (finding.well, finding.told) == (False, told)
+    (tmp_path / "a.md").write_text('<!-- repro: {"id": 1} -->\n\n| a |\n| 1 |\n')
+    (tmp_path / "b.md").write_text('<!-- repro: {"id": 2} -->\n\n| a |\n| 1 |\n')
+    (tmp_path / "c.md").write_text('<!-- repro: {"id": 2} -->\n\n| a |\n| 1 |\n| 2 |\n')
+    assert verify.compare(tmp_path / "a.md", tmp_path / "b.md", "n").told == "the same table"
+    assert verify.compare(tmp_path / "a.md", tmp_path / "c.md", "n").told == "has another number of rows"
+
+
+def test_all_that_is_committed_belongs_to_an_output():
+    assert not wrong(verify.strays())
+
+
+# Distances
+
+
+def test_a_distance_measured_anew_may_differ_as_much_as_two_drawings_do():
+    upper = json.loads((provenance.ROOT / "paper" / "values" / "sec4_4_seeds.json").read_text())
+    upper = upper["values"]["intervals"]["sampling"][1]
+    assert verify.tolerance() == pytest.approx(2.772 * upper, rel=1e-3)
+    rng = np.random.default_rng(0)  # two distances of that standard deviation
+    apart = rng.normal(1, upper, 200_000) / rng.normal(1, upper, 200_000) - 1
+    assert np.mean(np.abs(apart) < verify.tolerance()) == pytest.approx(0.95, abs=0.005)
+
+
+@pytest.mark.parametrize("factor, well", [(1.0, True), (1.01, True), (1.05, False), (float("nan"), False)])
+def test_distances_are_measured_as_they_were_and_compared(monkeypatch, factor, well):
+    """With measuring itself, which takes a GPU, replaced."""
+    name = "lab/celeba64-unet"
+    line = runs.load_run(name).distances(runs.load_run(name).sample)[-1]
+    asked = []
+
+    def stand_in(denoiser, run, fingerprint, images, device, precision, batch):
+        asked.append((run.evaluate.samples, run.evaluate.first_seed, run.sample, precision, images))
+        return [line | {"value": factor * line["value"]}]
+
+    monkeypatch.setattr(evaluate, "evaluate", stand_in)
+    (finding,) = verify.remeasured([name], "cpu")
+    sample = runs.load_run(name).sample
+    assert asked == [(line["samples"], line["first_seed"], sample, line["precision"], line["images"])]
+    assert finding.well == well and finding.name == name and f"recorded {line['value']:.2f}" in finding.told
+
+
+def test_a_run_without_weights_cannot_be_measured_anew():
+    with pytest.raises(ReproError, match="lab/vit-lr1e-3 has no recorded weights"):
+        list(verify.remeasured(["lab/vit-lr1e-3"], "cpu"))
+    with pytest.raises(ReproError, match="classifier has no recorded distance of its own sampler"):
+        list(verify.remeasured(["lab/imagenet64-classifier"], "cpu"))
+
+
+# The command
+
+
+def test_the_command_says_what_is_wrong_and_writes_it(recorded, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(verify, "traced", lambda: [])
+    report = tmp_path / "report.json"
+    assert main(["verify", "--level", "records", "--report", str(report)]) == 0
+    assert capsys.readouterr().out.endswith("all 1 are as recorded\n")
+    flip(recorded / WEIGHTS)
+    assert main(["verify", "--level", "records", "--report", str(report)]) == 1
+    assert (
+        f"1 of 1 are not as recorded: {provenance.relative(recorded)}: {WEIGHTS}" in capsys.readouterr().out
+    )
+    assert json.loads(report.read_text())[0]["well"] is False
+    assert main(["verify", "no-such-figure", "--level", "figures"]) == 1
+    assert "there is no output 'no-such-figure'" in capsys.readouterr().out
