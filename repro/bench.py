@@ -2,8 +2,10 @@
 
     python -m repro.bench --out paper/bench/unet64.json
     python -m repro.bench --out paper/bench/sampling.json --variants "ViT-L/4" "lab ViT" "lab UNet"
-    python -m repro.bench --out paper/bench/cluster.json --variants "ViT-B/2" "ViT-XL/2" "ADM-64" \
-        "ViT-B/2 from disk" "ViT-B/2 from disk, 2 GPUs"
+    python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2"
+    python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
+    python -m repro.bench --out paper/bench/disk.json --variants "ViT-B/2 from disk" \
+        "ViT-B/2 from disk, 2 GPUs"
 
 All variants are compiled at once, but for those from disk, which warm up by themselves; then each is timed
 in a process of its own, one after the other, so that nothing disturbs how cuDNN chooses its plans. FLOPs are
@@ -80,7 +82,7 @@ VARIANTS = {
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
     "lab": Variant(_lab, cuda_graphs=True),
     "ViT-B/2": Variant(*presets.TABLE_1["ViT-Base"], cuda_graphs=True),
-    "ViT-XL/2": Variant(*presets.TABLE_1["ViT-XL"], batch=64, cuda_graphs=True),
+    "ViT-XL/2": Variant(*presets.TABLE_1["ViT-XL"], batch=256, cuda_graphs=True),
     "ADM-64": Variant(_adm.model, _adm.data, batch=128, cuda_graphs=True),
 }
 """By name. `ViT-*` on latents of 4 x 32 x 32, drawn anew in each step as in training; the last is ADM's

@@ -370,7 +370,7 @@ def _edm_runs() -> list[Config]:
     """Both arms of Figure 2, a second seed of the two, and other gammas beside them."""
     pair = [_lab_edm, _minsnr(_lab_edm, 5.0)]
     again = [_further(run, "-seed1", seed=1) for run in pair]
-    beside = [_further(_minsnr(_lab_edm, 1.0), ""), _minsnr(_lab_edm, 20.0)]
+    beside = [_further(_minsnr(_lab_edm, gamma), "") for gamma in (1.0, 20.0)]
     return [*pair, *again, *beside, _paper_edm, _minsnr(_paper_edm, 5.0)]
 
 
@@ -469,15 +469,15 @@ _lab_autoencoder = Config(
     data=replace(_imagenet64_subset, holdout=1000),  # those that lab/imagenet64-latent-vit holds out
     model=Autoencoder(channels=(64, 128, 128), groups=16),
     train=Train(
-        images=3_000_064,
+        images=2_000_128,
         batch=256,
         lr=4e-4,
         betas=(0.9, 0.99),
         warmup_images=50_000,
         ema_halflife_images=100_000,
-        state_every_images=1_000_000,
+        state_every_images=1_000_192,
     ),
-    evaluate=Evaluate(at=(500_224, 1_000_192, 2_000_128, 3_000_064)),
+    evaluate=Evaluate(at=(1_000_192, 2_000_128)),
     note="The autoencoder that takes Stable Diffusion's place at lab scale: 64 x 64 pixels as 16 x 16 "
     "latents of 4 channels. Ours: everything but its kind; its loss has no discriminator, and its features "
     "are of the network by which distances are measured, which favours it there.",
@@ -495,7 +495,7 @@ _lab_latent_vit = replace(
     sample=Sample(steps=50, guidance=1.5, sigma_max=40.0),
     evaluate=replace(
         _lab_imagenet64_vit.evaluate,
-        at=(1_000_448, 4_000_256, 8_000_000, 12_000_256),
+        at=(4_000_256, 12_000_256),
         also=(Sample(steps=50, sigma_max=40.0),),
     ),
     note="Figure 12 at lab scale: a small ViT that predicts x0 on the latents of lab/imagenet64-autoencoder, "

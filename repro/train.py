@@ -861,6 +861,9 @@ def _train(
 
     recorded = runs.read_record(out / "run.json") if (out / "run.json").exists() else None
     whole = recorded and recorded.images == trainer.images and (recorded.samples or not drawing)
+    if whole and place.first and recorded.config.train.images != run.train.images:  # it ends here now
+        shorter = replace(recorded.config.train, images=run.train.images)
+        runs.write_record(out, replace(recorded, config=replace(recorded.config, train=shorter)))
     measure, last = trainer.step in evaluations or trainer.stopped, trainer.step == total
     if (measure or last) and not whole:  # killed between the state and the record
         if measure and place.first:

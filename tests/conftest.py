@@ -6,10 +6,10 @@ import jaxtyping
 import pytest
 
 # Before any import of repro: every jaxtyping annotation of the package is checked at every call. But not in
-# norm_kernels: Triton looks names up where a kernel is from, which would be the wrapper that checks it.
+# modules of kernels: Triton looks names up where a kernel is from, which would be the wrapper that checks it.
 ROOT = Path(__file__).parents[1]
 MODULES = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in ROOT.glob("repro/**/*.py")]
-CHECKED = [name for name in MODULES if not name.endswith(("__init__", "norm_kernels"))]
+CHECKED = [name for name in MODULES if not name.endswith(("__init__", "_kernels"))]
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 import torch  # noqa: E402

@@ -14,9 +14,11 @@ from repro.models.unet import ADMUNet
 
 BENCH = Path(__file__).parents[1] / "paper" / "bench"
 FILES = [json.loads((BENCH / name).read_text()) for name in ("unet64.json", "unet64-10-plans.json")]
-VITS = json.loads((BENCH / "vit.json").read_text())
-MEASURED = [variant for file in (*FILES, VITS) for variant in file["variants"]]
-DRAWN = json.loads((BENCH / "sampling.json").read_text())
+VITS, ADM, DISK = (json.loads((BENCH / f"{name}.json").read_text()) for name in ("vit", "adm64", "disk"))
+MEASURED = [variant for file in (*FILES, VITS, ADM) for variant in file["variants"]]
+DRAWN, DRAWN_LATER = (
+    json.loads((BENCH / name).read_text()) for name in ("sampling.json", "sampling-vit.json")
+)
 
 
 def with_model(model: config.UNet, resolution: int) -> config.Config:
@@ -172,6 +174,31 @@ def test_the_committed_measurements_are_of_all_variants_on_faces():
     assert all(file["device"] == FILES[0]["device"] and file["versions"]["cuda"] for file in FILES)
 
 
+def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says_so():
+    """Asked for too, not reached: ViT-XL/2 trained at 650, and forward passes at 9,700 and 2,500 (README)."""
+    by_name = {variant["name"]: variant for variant in (*VITS["variants"], *ADM["variants"])}
+    assert set(by_name) == {name for name, variant in bench.VARIANTS.items() if variant.data is not None}
+    assert by_name["ViT-B/2"]["train_images_per_second"] >= 3000
+    assert by_name["ViT-XL/2"]["train_images_per_second"] >= 600
+    assert by_name["ADM-64"]["train_images_per_second"] >= 490
+    assert by_name["ADM-64"]["forwards_per_second"] >= 1700
+    assert {file["device"] for file in (VITS, ADM, DISK)} == {"NVIDIA H200"}
+
+
+def test_two_gpus_train_1_9_times_as_fast_as_one_and_reading_latents_costs_little():
+    one, two = DISK["variants"]
+    assert (one["gpus"], two["gpus"], one["images"]) == (1, 2, bench.FILE_IMAGES)
+    assert one["image_bytes"] == 2 * 2 * 8 * 32 * 32  # moments of an image and of its mirror image, float16
+    assert one["batch"] * one["steps"] <= one["images"] and two["batch"] == 2 * one["batch"]
+    for reading in ("first_pass", "second_pass"):
+        speed = f"{reading}_images_per_second"
+        assert two[speed] >= 1.9 * one[speed]
+        assert (
+            one[speed] >= 0.95 * VITS["variants"][0]["train_images_per_second"]
+        )  # of images drawn on the GPU
+    assert one["first_pass_bytes_read"] > 0  # the page cache was not all of it
+
+
 @pytest.mark.parametrize(
     "measured", MEASURED, ids=lambda measured: f"{measured['name']}, {measured['cudnn_plans']} plans"
 )
@@ -218,11 +245,14 @@ def test_the_paper_scale_network_samples_2_5_times_as_fast_as_the_authors_code()
     """What was asked for; both on one H200."""
     theirs = json.loads((BENCH / "authors-sampler.json").read_text())
     assert theirs["device"] == DRAWN["device"]
-    ours = next(variant for variant in DRAWN["variants"] if variant["name"] == "ViT-L/4")
-    assert ours["passes_per_second_drawing"] >= 2.5 * theirs["forwards_per_second"]
+    for file in (DRAWN, DRAWN_LATER):
+        ours = next(variant for variant in file["variants"] if variant["name"] == "ViT-L/4")
+        assert ours["passes_per_second_drawing"] >= 2.5 * theirs["forwards_per_second"]
 
 
-@pytest.mark.parametrize("measured", DRAWN["variants"], ids=lambda measured: measured["name"])
+@pytest.mark.parametrize(
+    "measured", [*DRAWN["variants"], *DRAWN_LATER["variants"]], ids=lambda measured: measured["name"]
+)
 def test_the_committed_measurements_of_sampling_are_consistent(measured):
     how = bench.SAMPLING[measured["name"]]
     run = presets.preset(how.preset)

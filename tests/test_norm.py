@@ -1,5 +1,6 @@
 """The norm's kernels against PyTorch's own functions, on a GPU if there is one, or else interpreted."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -32,14 +33,16 @@ def found():
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def test_a_kernel_finds_what_it_names_beside_it():
+@pytest.mark.parametrize("module", ["norm_kernels", "vit_kernels"])
+def test_a_kernel_finds_what_it_names_beside_it(module):
     """Triton, compiling, looks a name up where its function is from: not if the tests' checks wrapped it."""
     if norm_kernels is None:
         pytest.skip("Triton is not installed: `make kernels` adds it")
-    kernels = [each for each in vars(norm_kernels).values() if isinstance(each, triton_function())]
+    module = importlib.import_module(f"repro.models.{module}")
+    kernels = [each for each in vars(module).values() if isinstance(each, triton_function())]
     assert len(kernels) > 10
     for kernel in kernels:
-        assert kernel.fn.__globals__ is vars(norm_kernels)
+        assert kernel.fn.__globals__ is vars(module)
     assert GroupNorm.forward.__globals__["__name__"].startswith("jaxtyping")  # others are checked
 
 

@@ -120,7 +120,7 @@ def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monke
     assert (best["in_the_sweep"], best["first_seed"], best["reported"]) == (200, 3_000_000, None)
     assert "10 steps" in best["sampler"]
     tables = tmp_path / "paper" / "tables"
-    rates = pd.read_csv(tables / "fig10_imagenet64_vit_learning_rates.csv")
+    rates = pd.read_csv(tables / "fig10_imagenet64_vit_trials.csv")
     rates = rates[~rates["sampler"].str.contains("classifier")]
     assert list(rates["learning rate"]) == [0.001, 0.0005] and set(rates["images"]) == {"0.50M"}
     assert rates.iloc[0, -1] == 321 and rates.iloc[1, -1] == pytest.approx(early["value"], abs=0.05)

@@ -1,7 +1,13 @@
 """The ViT against the released tensors' shapes, and against an independent float64 computation."""
 
+import copy
 import dataclasses
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import ClassVar
 
 import jaxtyping
@@ -16,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from repro import config, presets
 from repro.files import ReproError
+from repro.models import vit_fused
 from repro.models.vit import ViT, unpatchify
 
 SIZES = {name: (model, data.resolution, data.channels) for name, (model, data) in presets.TABLE_1.items()}
@@ -373,3 +380,111 @@ def test_images_of_another_size(shape):
     size = " x ".join(map(str, shape[1:]))
     with pytest.raises(ReproError, match=f"takes images of 3 x 8 x 8 .* not {size}"):
         scrambled()(torch.zeros(shape, dtype=torch.float64), t, labels)
+
+
+# The kernels
+
+
+@pytest.fixture(scope="module")
+def by_kernels():
+    """Triton reads TRITON_INTERPRET when it is imported, so this takes a process of its own."""
+    if vit_fused.vit_kernels is None:
+        pytest.skip("Triton is not installed: `make kernels` adds it")
+    script = Path(__file__).with_name("vit_cases.py")
+    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    process = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert process.returncode == 0, process.stderr
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["258 tokens", "heads of 72", "whole blocks", "fewer tokens than a block", "other blocks",
+     "other blocks, heads of 40"],
+)  # fmt: skip
+def test_attention_by_kernels_is_attention_to_half_precision(by_kernels, case):
+    out, lse, gradient, queries, values = by_kernels[case]
+    assert max(out, gradient, queries, values) < 6e-4 and lse < 1e-6  # float16 rounds to 5e-4 at most
+
+
+def test_attention_by_kernels_of_large_logits_and_of_bfloat16(by_kernels):
+    out, lse, gradient, *_ = by_kernels["large logits"]  # of -20: gradients of two logits nearly cancel
+    assert out < 6e-4 and lse < 1e-6 and gradient < 2e-2
+    assert 1e-3 < max(by_kernels["bfloat16"]) < 1e-2
+
+
+@pytest.mark.parametrize("case", ["sum and norm", "norm alone", "gelu", "gelu, wide"])
+def test_what_stands_between_products_is_rounded_once(by_kernels, case):
+    """Half precision where a product or a branch takes it, and float32 elsewhere: sums for parameters too."""
+    found = by_kernels[case]
+    half = {"sum and norm": [1, 5], "norm alone": [1], "gelu": [0, 1], "gelu, wide": [0, 1]}[case]
+    assert len(found) == {"sum and norm": 7, "norm alone": 5}.get(case, 3)
+    for at, error in enumerate(found):
+        assert error < (3e-4 if at in half else 1e-6)
+
+
+@pytest.mark.parametrize("case", ["blocks", "blocks, heads of 24"])
+def test_blocks_by_kernels_give_every_parameter_its_gradient(by_kernels, case):
+    assert len(by_kernels[case]) == 2 + 2 * 13
+    assert max(by_kernels[case]) < 1e-2 and sorted(by_kernels[case])[-2] < 2e-3
+
+
+def test_kernels_are_for_gpus_under_autocast_alone():
+    assert not vit_fused.can_take(torch.zeros(1, 4, 64), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not vit_fused.can_take(torch.zeros(1, 4, 64), 1)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, heads, taken",
+    [
+        ((2, 258, 768), torch.bfloat16, 12, True),
+        ((2, 258, 1152), torch.float16, 16, True),
+        ((2, 258, 768), torch.float32, 12, False),
+        ((2, 258, 24), torch.bfloat16, 3, False),  # heads of 8
+        ((2, 258, 36), torch.bfloat16, 2, False),  # of 18, which lie at odd addresses
+        ((2, 258, 512), torch.bfloat16, 2, False),  # of 256
+        ((2, 1025, 768), torch.bfloat16, 12, False),
+        ((0, 258, 768), torch.bfloat16, 12, False),
+    ],
+)
+def test_what_the_attention_kernels_take(shape, dtype, heads, taken, monkeypatch):
+    kernels = vit_fused.vit_kernels
+    if kernels is None:
+        pytest.skip("Triton is not installed: `make kernels` adds it")
+    monkeypatch.setattr(kernels, "INTERPRETED", True)  # meta tensors lie on no GPU
+    assert kernels.can_attend(torch.empty(shape, device="meta"), dtype, heads) == taken
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("with_class, width, heads", [(True, 192, 3), (False, 192, 3), (True, 144, 2)])
+def test_on_a_gpu_the_kernels_are_as_near_to_float64_as_plain_blocks(with_class, width, heads, monkeypatch):
+    """Outputs and all gradients under autocast, of 256 patches and heads of 64 and 72."""
+    model = config.ViT(patch=2, width=width, depth=3, heads=heads)
+    net = ViT(model, resolution=32, in_channels=4, classes=5 if with_class else 0).cuda()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+    x, dy = (torch.randn(6, 4, 32, 32, generator=generator).cuda() for _ in range(2))
+    t = torch.tensor([0, 1, 10, 100, 500, 999]).cuda()
+    labels = torch.tensor([0, 1, 2, 3, 4, 5]).cuda() if with_class else None
+
+    def all_of(net, dtype):
+        out = net(x.to(dtype), t.to(dtype), labels)
+        grads = torch.autograd.grad(out, list(net.parameters()), dy.to(out.dtype))
+        return [each.detach().double() for each in (out, *grads)]
+
+    exact = all_of(copy.deepcopy(net).double(), torch.float64)
+    errors, kernels = {}, vit_fused.vit_kernels
+    for fused in (True, False):
+        monkeypatch.setattr(vit_fused, "vit_kernels", kernels if fused else None)
+        with torch.autocast("cuda", torch.bfloat16):
+            found = all_of(net, torch.float32)
+        errors[fused] = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+    for name, mine, plain in zip(
+        ["output", *(n for n, _ in net.named_parameters())], errors[True], errors[False], strict=True
+    ):
+        assert mine < max(2 * plain, 1e-3), f"{name}: {mine} beside {plain}"
+    assert sum(errors[True]) < 1.1 * sum(errors[False])
+    assert errors[True] != errors[False]

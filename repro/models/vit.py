@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from repro import config as configs
 from repro.files import ReproError
+from repro.models import vit_fused
 
 
 class ViT(nn.Module):
@@ -33,7 +34,7 @@ class ViT(nn.Module):
         super().__init__()
         _check_sizes(config, resolution)
         self.resolution, self.in_channels, self.classes = resolution, in_channels, classes
-        self.patch, self.null_class = config.patch, config.null_class
+        self.patch, self.heads, self.null_class = config.patch, config.heads, config.null_class
         width, patches = config.width, (resolution // config.patch) ** 2
         self.other_tokens = 2 if classes else 1  # before the patches: time and class, or time alone
 
@@ -67,8 +68,11 @@ class ViT(nn.Module):
         with _without_autocast(x.device):
             tokens.append(self.patch_embed(x))  # [n, k, d]
         z = torch.cat(tokens, dim=1) + self.pos_embed  # [n, s, d]
-        for block in self.blocks:
-            z = block(z)  # [n, s, d]
+        if vit_fused.can_take(z, self.heads):
+            z = vit_fused.run(self.blocks, z)  # [n, s, d]
+        else:
+            for block in self.blocks:
+                z = block(z)  # [n, s, d]
         z = z[:, self.other_tokens :]  # [n, k, d]
         with _without_autocast(x.device):
             z = self.linear_projection(z)  # [n, k, p p c]

@@ -1,0 +1,134 @@
+"""What the ViT's kernels compute, on the GPU, or by Triton's interpreter: for a process of its own.
+
+Prints one JSON object: for each case, the error of each result beside PyTorch's own functions in float64,
+relative to the size of that result.
+"""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from repro.models import vit_fused, vit_kernels
+from repro.models.vit import Block
+
+DEVICE = "cpu" if vit_kernels.INTERPRETED else "cuda"
+torch.set_default_device(DEVICE)
+
+
+def draw(*shape, seed, dtype=torch.float16, scale=1.0):
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, device="cpu")).to(DEVICE, dtype)
+
+
+def errors(found, exact):
+    """Norms of differences, over the norm of what is exact, which may not be 0."""
+    pairs = zip(found, exact, strict=True)
+    return [float((a.detach().double() - b.detach()).norm() / b.detach().norm()) for a, b in pairs]
+
+
+def attention(n, tokens, heads, d, dtype=torch.float16, shift=0.0):
+    """Attention, its gradient, and the gradients' sums of queries and of values."""
+    qkv = draw(n, tokens, 3 * heads * d, seed=1, dtype=dtype, scale=1.5) + shift
+    dout = draw(n, tokens, heads * d, seed=2, dtype=dtype)
+    out, lse = vit_kernels.attention(qkv, heads)
+    dqkv, queries, values = vit_kernels.attention_grad(qkv, out, lse, dout, heads)
+    exact = qkv.double().requires_grad_()
+    q, k, v = exact.unflatten(2, (3, heads, d)).permute(2, 0, 3, 1, 4).unbind()
+    logits = q @ k.transpose(2, 3) * d**-0.5
+    y = (logits.softmax(3) @ v).transpose(1, 2).flatten(2)
+    (gradient,) = torch.autograd.grad(y, exact, dout.double())
+    width = heads * d
+    sums = gradient.sum((0, 1))
+    of_lse = logits.logsumexp(3) / torch.tensor(2.0).double().log()
+    return errors(
+        (out, lse, dqkv, queries.sum(0), values.sum(0)),
+        (y, of_lse, gradient, sums[:width], sums[2 * width :]),
+    )
+
+
+def add_norm(rows, width, branch):
+    """Sum, norm, and gradients by z, weight, bias, and by the branch and its bias."""
+    z, dtotal = draw(2, rows, width, seed=1, dtype=torch.float32), draw(2, rows, width, seed=2)
+    dtotal, dy = dtotal.float(), draw(2, rows, width, seed=3)
+    weight, bias, of_branch = (draw(width, seed=4 + i, dtype=torch.float32) for i in range(3))
+    b = draw(2, rows, width, seed=7) if branch else None
+    given = [z, weight, bias] + ([b, of_branch] if branch else [])
+    mine = [each.clone().requires_grad_() for each in given]
+    z_, weight_, bias_, *others = mine
+    b_, of_branch_ = others or (None, None)
+    found = vit_fused._AddNorm.apply(z_, b_, of_branch_, weight_, bias_, 1e-6, torch.float16)
+    grads = torch.autograd.grad(found, mine, (dtotal, dy))
+    mine = [each.double().requires_grad_() for each in given]
+    z_, weight_, bias_, *others = mine
+    total = z_
+    if branch:  # which has its bias already
+        total = z_ + others[0] + others[1] - others[1].detach()
+    exact = total, F.layer_norm(total, (width,), weight_, bias_, 1e-6)
+    return errors(
+        (*found, *grads), (*exact, *torch.autograd.grad(exact, mine, (dtotal.double(), dy.double())))
+    )
+
+
+def gelu(rows, width):
+    """GELU, its gradient, and the sums of that over rows."""
+    x, dy = draw(2, rows, width, seed=1, scale=3.0), draw(2, rows, width, seed=2)
+    y = vit_kernels.gelu(x)
+    dx, sums = vit_kernels.gelu_grad(x, dy)
+    exact = x.double().requires_grad_()
+    of_x = F.gelu(exact)
+    (gradient,) = torch.autograd.grad(of_x, exact, dy.double())
+    return errors((y, dx, sums.sum(0)), (of_x, gradient, gradient.sum((0, 1))))
+
+
+def blocks(tokens, heads, d):
+    """Two blocks, fused: their output, and all gradients, beside the same blocks in float64."""
+    width = heads * d
+    stack = nn.ModuleList(Block(width, heads, 2.0) for _ in range(2))
+    with torch.no_grad():
+        for i, parameter in enumerate(stack.parameters()):
+            parameter.copy_(draw(*parameter.shape, seed=i, dtype=torch.float32, scale=0.2))
+            if parameter.ndim == 1:
+                parameter += 0.5
+    exact = copy.deepcopy(stack).double()
+    z = draw(2, tokens, width, seed=50, dtype=torch.float32).requires_grad_()
+    dz = draw(2, tokens, width, seed=51, dtype=torch.float32)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    with torch.autocast(DEVICE, torch.float16):
+        out = vit_fused.run(stack, z)
+    found = out, *torch.autograd.grad(out, [z, *stack.parameters()], dz)
+    z = z.detach().double().requires_grad_()
+    out = z
+    for block in exact:
+        out = block(out)
+    wanted = out, *torch.autograd.grad(out, [z, *exact.parameters()], dz.double())
+    return errors(found, wanted)
+
+
+small = {False: vit_kernels.Blocks(32, 16, 4, 2), True: vit_kernels.Blocks(16, 32, 4, 2)}
+cases = {
+    "258 tokens": attention(1, 258, 1, 64),
+    "heads of 72": attention(1, 66, 2, 72),
+    "whole blocks": attention(2, 128, 1, 32),
+    "fewer tokens than a block": attention(2, 17, 2, 24),
+    "large logits": attention(1, 37, 2, 16, shift=-20.0),
+    "bfloat16": attention(1, 40, 1, 64, torch.bfloat16),
+}
+vit_kernels.FORWARD = vit_kernels.QUERIES = vit_kernels.KEYS = small
+cases |= {
+    "other blocks": attention(2, 70, 2, 32),
+    "other blocks, heads of 40": attention(1, 53, 2, 40),
+    "sum and norm": add_norm(37, 96, True),
+    "norm alone": add_norm(5, 200, False),
+    "gelu": gelu(37, 96),
+    "gelu, wide": gelu(3, 1300),
+    "blocks": blocks(19, 3, 16),
+    "blocks, heads of 24": blocks(21, 2, 24),
+}
+print(json.dumps(cases))
