@@ -360,7 +360,7 @@ def helped(capsys, *arguments) -> str:
 def test_help_names_every_command(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         text = helped(capsys, *arguments)
-        for command in ("prepare", "train", "sample", "evaluate", "render", "presets"):
+        for command in ("prepare", "train", "sample", "evaluate", "render", "trace", "cards", "presets"):
             assert f"• {command} " in text
 
 
@@ -370,6 +370,8 @@ HELP = {
     "sample": ("sample RUN [options]", "--seeds 0 64"),
     "evaluate": ("evaluate RUN [options]", "--evaluate.samples 10000"),
     "render": ("NAME=VALUE", "--force", "--list"),
+    "trace": ("FILE", "Status 0 where all matches"),
+    "cards": ("a model card for each recorded run", "--check"),
     "presets": ("List the runs that can be trained", "--profile"),
 }
 
@@ -462,9 +464,8 @@ def test_a_misspelt_option_names_the_near_ones(capsys, trained):
     assert "Perhaps you meant: --train.images INT" in text
     assert "Perhaps you meant: --neighbours" in exits(capsys, "evaluate", NAME, "--neighbors")
     assert "Unrecognized options: trian" in exits(capsys, "trian", NAME)
-    assert "prepare, train, sample, evaluate, train-all, gradients, encode, import, render, presets" in exits(
-        capsys, "trian", NAME
-    )
+    commands = "prepare, train, sample, evaluate, train-all, gradients, encode, import, render, trace, cards"
+    assert f"{commands}, presets" in exits(capsys, "trian", NAME)
 
 
 def test_bad_values_are_named(capsys):
