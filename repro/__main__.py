@@ -1,5 +1,5 @@
-"""Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, trace, cards,
-presets.
+"""Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, trace,
+verify, cards, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
