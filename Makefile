@@ -19,7 +19,7 @@ ifneq ($(TORCH),default)
 export UV_FIND_LINKS ?= $(shell echo "$$PIP_FIND_LINKS" | tr -s ' ' ,)
 endif
 
-.PHONY: help figures $(FIGURES) verify test kernels lint lab lock clean-env
+.PHONY: help figures $(FIGURES) verify test kernels lint env lab lock clean-env
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -46,8 +46,10 @@ lint: $(READY) ## Check style, formatting, and that notebooks carry no outputs
 	@.venv/bin/python -m ruff format --check .
 	@.venv/bin/python -m nbstripout --verify notebooks/*.ipynb
 
-lab: $(READY) ## Open the notebooks in JupyterLab
-	@.venv/bin/python -m jupyterlab notebooks
+env: $(READY) ## Make the environment and nothing else
+
+lab: $(READY) ## Open the notebooks in JupyterLab, explore.ipynb first
+	@.venv/bin/python -m jupyterlab --notebook-dir=. notebooks/explore.ipynb
 
 lock: | .venv/uv ## Regenerate requirements.lock from pyproject.toml; ARGS=--upgrade takes newer versions
 	@env -u UV_FIND_LINKS -u UV_INDEX -u UV_EXTRA_INDEX_URL .venv/bin/uv pip compile --quiet $(ARGS) \
