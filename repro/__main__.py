@@ -1,4 +1,4 @@
-"""Command line: prepare, train, train-all, sample, evaluate, gradients, import, render, presets.
+"""Command line: prepare, train, train-all, sample, evaluate, gradients, import, render, claims, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -505,6 +505,28 @@ def render(
         rendering.render(id, overrides=overrides, force=force)
 
 
+def claims(
+    values: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    json: bool = False,
+) -> None:
+    """Tell of each claim of the paper whether it holds, by the recorded values.
+
+    A claim that does not hold is no error; one whose values are missing is.
+
+    Args:
+        values: Folder of the values; by default $REPRO_PAPER_OUT/values, else paper/values.
+        json: Print JSON, with the whole hashes.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from repro import claims as told
+    from repro import paper
+
+    found = told.verdicts(told.load(), told.read_reported(), values or paper.out() / "values")
+    print(dumps([asdict(one) for one in found], indent=1, ensure_ascii=False) if json else told.tell(found))
+
+
 def presets(profile: Literal["lab", "paper"] | None = None) -> None:
     """List the runs that can be trained.
 
@@ -575,6 +597,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "encode": encode,
                 "import": import_,
                 "render": render,
+                "claims": claims,
                 "presets": presets,
             }
             tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=[command, *rest])
