@@ -31,6 +31,8 @@ figures: $(FIGURES) ## Draw every figure and table of paper/figures.toml that is
 $(FIGURES): $(READY)
 	@.venv/bin/python -m repro render $@
 
+claims: $(filter-out claims,$(FIGURES))  # which are read by it
+
 test: $(READY) ## Run the tests; ARGS="-k samplers" runs some of them
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)
 

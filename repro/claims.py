@@ -352,7 +352,7 @@ def _ordered(
             raise ReproError(f"{where}: with {claim.deviation!r}, a share, all numbers must be above 0")
         spread = math.exp(NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(2) * deviation)
         bounds = [(x / y / spread, x / y * spread) for x, y in pairs]
-        sides = [_side(order, low, high, 1) for low, high in bounds]
+        sides = [_side(order, low, high, 1.0) for low, high in bounds]
         told = f", {_span([x / y for x, y in pairs])} times the other, {CONFIDENCE:.0%} interval "
         passed = False if False in sides else None if None in sides else True
         return passed, told + ", ".join(f"{low:.3g} to {high:.3g}" for low, high in bounds)
@@ -430,13 +430,21 @@ def tell(found: list[Verdict]) -> str:
 
 def tell_sources(one: Verdict) -> str:
     """Runs and other files that a verdict rests on, each with the first digits of its hashes."""
-    parts: dict[str, list[str]] = {}
+    return ", ".join(f"{name} {digits}" for name, (_, digits) in places(one).items())
+
+
+def places(one: Verdict) -> dict[str, tuple[str, str]]:
+    """Folder of each run, or other file, that a verdict rests on, and first digits of its hashes, by name."""
+    found: dict[str, tuple[str, str]] = {}
     for path, digest in one.sources.items():
         folder, _, file = path.rpartition("/")
-        run = folder.removeprefix("paper/runs/")
-        name = path if run == folder else f"{run} (record)" if file == "run.json" else run
-        parts.setdefault(name, []).append(digest[:8])
-    return ", ".join(f"{name} {' '.join(digests)}" for name, digests in parts.items())
+        name = folder.removeprefix("paper/runs/")
+        if name == folder:
+            name = folder = path
+        elif file == "run.json":
+            name += " (record)"
+        found[name] = folder, f"{found[name][1]} {digest[:8]}" if name in found else digest[:8]
+    return found
 
 
 def _told_paper(claim: Claim, reported: dict) -> str:

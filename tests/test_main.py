@@ -360,7 +360,7 @@ def helped(capsys, *arguments) -> str:
 def test_help_names_every_command(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         text = helped(capsys, *arguments)
-        for command in ("prepare", "train", "sample", "evaluate", "render", "presets"):
+        for command in ("prepare", "train", "sample", "evaluate", "render", "claims", "presets"):
             assert f"• {command} " in text
 
 
@@ -370,6 +370,7 @@ HELP = {
     "sample": ("sample RUN [options]", "--seeds 0 64"),
     "evaluate": ("evaluate RUN [options]", "--evaluate.samples 10000"),
     "render": ("NAME=VALUE", "--force", "--list"),
+    "claims": ("--values DIR", "--json", "is no error"),
     "presets": ("List the runs that can be trained", "--profile"),
 }
 
