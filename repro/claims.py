@@ -150,6 +150,9 @@ def _claim(id: str, table: object, file: str) -> Claim:
 
 def _unsound(claim: Claim, table: dict) -> str | None:
     """What is wrong with a claim whose keys are each as they should be."""
+    for key in (*claim.paper, claim.deviation or "", claim.seeds or ""):
+        if re.search("[*=]", key):
+            return f"{key!r} must be the key of one thing"
     if not claim.tested:
         extra = [key for key in table if key not in ("place", "says", "evidence", "paper", "why")]
         if extra:
@@ -159,14 +162,16 @@ def _unsound(claim: Claim, table: dict) -> str | None:
         return f"its test lacks {', '.join(lacking)}"
     if claim.why:
         return "`why` is for claims without evidence; say what `differs`"
-    if (claim.compare == "equal") != ((claim.tolerance is None) != (claim.relative is None)):
+    if [claim.tolerance, claim.relative].count(None) != (1 if claim.compare == "equal" else 2):
         return "`equal`, and nothing else, needs one of `tolerance` and `relative`"
     if (claim.intervals or claim.deviation) and claim.compare not in OPERATORS:
         return f"`{claim.compare}` takes no intervals: compare by one of {', '.join(OPERATORS)}"
     if claim.intervals and claim.deviation:
         return "it needs `intervals` or a `deviation`, not both"
-    if (claim.intervals or claim.deviation or claim.seeds) and claim.evidence != "lab scale":
-        return "intervals, deviation and seeds are of measurements: its evidence would be `lab scale`"
+    if claim.seeds and not claim.intervals:
+        return "`seeds` says of how many the `intervals` are; give these"
+    if (claim.intervals or claim.deviation) and claim.evidence != "lab scale":
+        return "intervals and deviations are of measurements: its evidence would be `lab scale`"
     if claim.evidence == "lab scale" and not claim.differs:
         return "evidence at lab scale needs `differs`"
     if claim.compare == "true" and claim.than is not None:
@@ -191,9 +196,10 @@ def _read_values(claim: Claim, folder: Path) -> dict:
         raise ReproError(f"claim {claim.id} needs {path}, which is missing; run make figures")
     try:
         record = json.loads(path.read_text())
-        if record["provenance"]["id"] != claim.values:
-            raise ValueError(f"it is of {record['provenance']['id']}")
-        return {"values": record["values"], "provenance": record["provenance"]}
+        about = {key: record["provenance"][key] for key in ("id", "notebook", "parameters", "runs", "files")}
+        if about["id"] != claim.values:
+            raise ValueError(f"it is of {about['id']}")
+        return {"values": record["values"], "provenance": about}
     except (ValueError, KeyError, TypeError) as error:
         raise ReproError(f"claim {claim.id}: {path} holds no values ({error!r}); run make figures") from None
 
@@ -208,7 +214,7 @@ def look_up(tree: object, key: str, where: str) -> list:
         name, equals, text = step.partition("=")
         following = []
         for one in found:
-            if step == "*" and isinstance(one, (dict, list)):
+            if step == "*" and isinstance(one, (dict, list)) and one:
                 following += one.values() if isinstance(one, dict) else one
             elif isinstance(one, dict) and step in one:
                 following.append(one[step])
@@ -371,7 +377,7 @@ def _by_intervals(
     for key, each in zip(claim.intervals, bounds, strict=True):
         if len(each) != 2 or not each[0] <= number <= each[1]:
             raise ReproError(f"{where}: {key!r} is no interval [low, high] that holds {claim.key!r}")
-    (confidence,) = numbers(about["parameters"] or {}, "confidence", f"{where}, its parameters,")
+    (confidence,) = numbers(about["parameters"] or {}, "confidence", f"{where}, parameters of its notebook,")
     told = f", {confidence:.0%} interval " + " and ".join(f"{low:.3g} to {high:.3g}" for low, high in bounds)
     if claim.seeds:
         (seeds,) = look_up(values, claim.seeds, where)
