@@ -5,8 +5,8 @@ what it says, what evidence is possible here, and a test on one file of `paper/v
 are named by their key in `paper/reported.toml`, never repeated. No verdict is written down: `verdict`
 computes it.
 
-A key is the dotted way to a number, as in README.md. On the way `*` stands for every entry, and `name=text`
-for those entries of a list whose `name` is `text`; after another one, for those of them that are so too.
+A key is the dotted way to a number, as in README.md; -1 is the last of a list. `*` stands for every entry,
+`name=text` for those of a list whose `name` is `text`; after another one, for those of them that are so too.
 `KEY / KEY` and `KEY / 1e6` are quotients. What `differs` may show values: `{KEY}`, or `{KEY|FORMAT}`.
 """
 
@@ -102,6 +102,7 @@ class Verdict:
     id: str
     place: str
     says: str
+    evidence: str
     paper: str
     """The paper's numbers; empty where it gives none."""
     here: str
@@ -223,7 +224,7 @@ def look_up(tree: object, key: str, where: str) -> list:
                 following += [
                     each for each in entries if isinstance(each, dict) and str(each.get(name)) == text
                 ]
-            elif isinstance(one, list) and step.isdecimal() and int(step) < len(one):
+            elif isinstance(one, list) and one and re.fullmatch(r"-1|\d+", step) and int(step) < len(one):
                 following.append(one[int(step)])
             else:
                 following = []
@@ -280,10 +281,11 @@ def verdicts(claims: list[Claim], reported: dict, folder: str | Path) -> list[Ve
 
 def verdict(claim: Claim, reported: dict, folder: Path) -> Verdict:
     """What the values in `folder` say of one claim; raises `ReproError` as `verdicts` does."""
-    told = {"id": claim.id, "place": claim.place, "says": claim.says, "paper": _told_paper(claim, reported)}
+    told = {name: getattr(claim, name) for name in ("id", "place", "says", "evidence", "values", "key")}
+    told["paper"] = _told_paper(claim, reported)
     if not claim.tested:
         untested = {"verdict": "not testable here", "remark": claim.why, "notebook": None, "sources": {}}
-        return Verdict(**told, **untested, here="", test="", values=None, key=None)
+        return Verdict(**told, **untested, here="", test="")
     record = _read_values(claim, folder)
     values, about = record["values"], record["provenance"]
     where = f"claim {claim.id}: values/{claim.values}.json"
@@ -309,8 +311,6 @@ def verdict(claim: Claim, reported: dict, folder: Path) -> Verdict:
         test=test,
         verdict=names[passed],
         remark=_filled(claim.differs or "", values, where),
-        values=claim.values,
-        key=claim.key,
         notebook=(about["notebook"] or {}).get("path"),
         sources=_sources(claim, about, where),
     )

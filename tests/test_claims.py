@@ -167,6 +167,7 @@ def test_rows_are_found_by_what_they_hold(judge):
     keys = {"compare": "equal", "tolerance": 0, "evidence": "recomputed here"}
     assert judge({"rows": rows}, key="rows.net=a.n=2.x", paper=["fig.value"], **keys).verdict == "holds"
     assert judge({"rows": rows}, key="rows.net=b.x / rows.net=a.n=1.x", than=3, **keys).verdict == "holds"
+    assert judge({"rows": rows}, key="rows.-1.x", than=3, **keys).verdict == "holds"
     assert judge({"rows": rows}, key="rows.net=a.x / 1e6", than=1, **keys).here.startswith("1e-06 to 2e-06")
 
 
@@ -223,6 +224,8 @@ ABOVE = {"key": "x", "compare": "above", "than": 1}
         ({"x": True}, ABOVE, "'x' is true, not a finite number"),
         ({"x": [2]}, ABOVE, r"not a finite number; x\.\* would be its entries"),
         ({"x": []}, {**ABOVE, "key": "x.*"}, r"has no '\*' on the way 'x\.\*'"),
+        ({"x": []}, {**ABOVE, "key": "x.-1"}, "has no '-1'"),
+        ({"x": [2]}, {**ABOVE, "key": "x.1"}, "has no '1'"),
         ({"x": [[2], []]}, {**ABOVE, "key": "x.*.*"}, r"has no '\*' on the way 'x\.\*\.\*'"),
         ({"x": [{"y": 2}, {}]}, {**ABOVE, "key": "x.*.y"}, "has no 'y'"),
         ({"x": [{"n": 1}]}, {**ABOVE, "key": "x.n=2.y"}, "has no 'n=2'"),
