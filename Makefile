@@ -31,6 +31,8 @@ figures: $(FIGURES) ## Draw every figure and table of paper/figures.toml that is
 $(FIGURES): $(READY)
 	@.venv/bin/python -m repro render $@
 
+claims: $(filter-out claims,$(FIGURES))  # which are read by it
+
 verify: $(READY) ## Draw everything anew beside what is committed, and compare; ARGS="--level records" takes seconds
 	@.venv/bin/python -m repro verify $(ARGS)
 

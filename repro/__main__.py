@@ -1,5 +1,5 @@
-"""Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, trace,
-verify, cards, presets.
+"""Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, claims,
+trace, verify, cards, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -506,6 +506,28 @@ def render(
         rendering.render(id, overrides=overrides, force=force)
 
 
+def claims(
+    values: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
+    json: bool = False,
+) -> None:
+    """Tell of each claim of the paper whether it holds, by the recorded values.
+
+    A claim that does not hold is no error; one whose values are missing is.
+
+    Args:
+        values: Folder of the values; by default $REPRO_PAPER_OUT/values, else paper/values.
+        json: Print JSON, with the whole hashes.
+    """
+    from dataclasses import asdict
+    from json import dumps
+
+    from repro import claims as told
+    from repro import paper
+
+    found = told.verdicts(told.load(), told.read_reported(), values or paper.out() / "values")
+    print(dumps([asdict(one) for one in found], indent=1, ensure_ascii=False) if json else told.tell(found))
+
+
 def trace(
     paths: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FILE ...")], /
 ) -> int:
@@ -669,6 +691,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "encode": encode,
                 "import": import_,
                 "render": render,
+                "claims": claims,
                 "trace": trace,
                 "verify": verify,
                 "cards": cards,

@@ -360,7 +360,17 @@ def helped(capsys, *arguments) -> str:
 def test_help_names_every_command(capsys):
     for arguments in ([], ["--help"], ["-h"]):
         text = helped(capsys, *arguments)
-        for command in ("prepare", "train", "sample", "evaluate", "render", "trace", "cards", "presets"):
+        for command in (
+            "prepare",
+            "train",
+            "sample",
+            "evaluate",
+            "render",
+            "claims",
+            "trace",
+            "verify",
+            "cards",
+        ):
             assert f"• {command} " in text
 
 
@@ -372,6 +382,7 @@ HELP = {
     "render": ("NAME=VALUE", "--force", "--list"),
     "trace": ("FILE", "Status 0 where all matches"),
     "cards": ("a model card for each recorded run", "--check"),
+    "claims": ("--values DIR", "--json", "is no error"),
     "presets": ("List the runs that can be trained", "--profile"),
 }
 
@@ -464,8 +475,8 @@ def test_a_misspelt_option_names_the_near_ones(capsys, trained):
     assert "Perhaps you meant: --train.images INT" in text
     assert "Perhaps you meant: --neighbours" in exits(capsys, "evaluate", NAME, "--neighbors")
     assert "Unrecognized options: trian" in exits(capsys, "trian", NAME)
-    commands = "prepare, train, sample, evaluate, train-all, gradients, encode, import, render, trace, verify"
-    assert f"{commands}, cards, presets" in exits(capsys, "trian", NAME)
+    commands = "prepare, train, sample, evaluate, train-all, gradients, encode, import, render, claims, trace"
+    assert f"{commands}, verify, cards, presets" in exits(capsys, "trian", NAME)
 
 
 def test_bad_values_are_named(capsys):

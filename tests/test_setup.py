@@ -154,3 +154,12 @@ def test_each_output_is_rendered_by_its_own_target(checkout):
     plan = make(checkout, "-n", "figures").stdout
     assert re.findall(r"-m repro render (\w+)", plan) == ["fig1_a", "table1_b"]
     assert re.findall(r"-m repro render (\w+)", make(checkout, "-n", "table1_b").stdout) == ["table1_b"]
+
+
+def test_claims_are_rendered_after_what_they_are_read_from(checkout):
+    figures = checkout / "paper/figures.toml"
+    figures.write_text("[claims]\n" + figures.read_text())
+    for target in ("figures", "claims"):
+        plan = make(checkout, "-n", "-j4", target).stdout
+        assert re.findall(r"-m repro render (\w+)", plan) == ["fig1_a", "table1_b", "claims"]
+    assert "render claims" not in make(checkout, "-n", "table1_b").stdout
