@@ -1,4 +1,4 @@
-"""Sliders over the weights, live samples of recorded networks, two runs side by side: notebooks/explore.ipynb.
+"""Sliders over weights, live samples of recorded networks, two runs side by side: notebooks/explore.ipynb.
 
 Each panel is a function of plain values that draws or samples, and a box of widgets that calls it. Nothing
 here writes a file, and no number of the paper comes from here.
