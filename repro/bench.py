@@ -2,6 +2,7 @@
 
     python -m repro.bench --out paper/bench/unet64.json
     python -m repro.bench --out paper/bench/sampling.json --variants "ViT-L/4" "lab ViT" "lab UNet"
+    python -m repro.bench --out paper/bench/sampling-vit.json --variants "ViT-L/4" "lab ViT"
     python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2"
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
     python -m repro.bench --out paper/bench/disk.json --variants "ViT-B/2 from disk" \
@@ -238,7 +239,8 @@ def forward_flops(run: config.Config, plain: bool = True) -> float:
 
 
 KINDS = {
-    "attention": ("flash", "fmha", "attention"),
+    "GELU": ("_gelu_kernel", "_gelu_grad_kernel"),
+    "attention": ("flash", "fmha", "attention", "_query_gradient_kernel", "_key_gradient_kernel"),
     "norm and other reductions": ("triton_red", "triton_per", "_norm_kernel", "_grad_kernel"),
     "elementwise": ("triton_poi", "elementwise", "copy", "memset", "memcpy", "cat"),
     "optimizer": ("multi_tensor", "adam", "lpnorm"),

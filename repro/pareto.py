@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from repro import config, data, evaluate, latents, provenance, runs, sample, weights
 from repro.denoiser import X0, Denoiser, Parameterization
 from repro.files import ReproError
+from repro.models import vit_fused
 from repro.models.norm import GroupNorm
 
 
@@ -112,13 +113,13 @@ def gradients(
 @contextmanager
 def _plainly() -> Iterator[None]:
     """Within a block group norms and attention are computed by what torch.func can vectorise, in float32."""
-    before = GroupNorm.fused, torch.backends.cudnn.allow_tf32
-    GroupNorm.fused, torch.backends.cudnn.allow_tf32 = False, False
+    before = GroupNorm.fused, vit_fused.enabled, torch.backends.cudnn.allow_tf32
+    GroupNorm.fused, vit_fused.enabled, torch.backends.cudnn.allow_tf32 = False, False, False
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        GroupNorm.fused, torch.backends.cudnn.allow_tf32 = before
+        GroupNorm.fused, vit_fused.enabled, torch.backends.cudnn.allow_tf32 = before
 
 
 def gram(gradients: Float[Tensor, "T p"], chunk: int = 2**20) -> Float[Tensor, "T T"]:

@@ -686,7 +686,8 @@ def is_trained(run: config.Config, out: Path) -> bool:
     if changed := unlike(record.config, run):
         raise ReproError(f"{out} holds a run of other settings ({', '.join(changed)}); choose another folder")
     whole = record.samples is not None or run.model.kind not in config.DRAWS
-    return whole and record.images >= run.train.images
+    planned = record.config.train.images <= run.train.images  # else it is yet to be declared finished
+    return whole and planned and record.images >= run.train.images
 
 
 def unlike(one: config.Config, other: config.Config) -> list[str]:
@@ -861,7 +862,8 @@ def _train(
 
     recorded = runs.read_record(out / "run.json") if (out / "run.json").exists() else None
     whole = recorded and recorded.images == trainer.images and (recorded.samples or not drawing)
-    if whole and place.first and recorded.config.train.images != run.train.images:  # it ends here now
+    shortened = recorded and trainer.step == total and recorded.config.train.images > run.train.images
+    if whole and place.first and shortened:  # it ends here, earlier than planned
         shorter = replace(recorded.config.train, images=run.train.images)
         runs.write_record(out, replace(recorded, config=replace(recorded.config, train=shorter)))
     measure, last = trainer.step in evaluations or trainer.stopped, trainer.step == total

@@ -175,13 +175,23 @@ def test_the_committed_measurements_are_of_all_variants_on_faces():
 
 
 def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says_so():
-    """Asked for too, not reached: ViT-XL/2 trained at 650, and forward passes at 9,700 and 2,500 (README)."""
+    """README says what is not reached."""
+    others, before = (
+        json.loads((BENCH / f"{name}.json").read_text()) for name in ("authors-code", "vit-without-kernels")
+    )
     by_name = {variant["name"]: variant for variant in (*VITS["variants"], *ADM["variants"])}
     assert set(by_name) == {name for name, variant in bench.VARIANTS.items() if variant.data is not None}
     assert by_name["ViT-B/2"]["train_images_per_second"] >= 3000
     assert by_name["ViT-XL/2"]["train_images_per_second"] >= 600
     assert by_name["ADM-64"]["train_images_per_second"] >= 490
     assert by_name["ADM-64"]["forwards_per_second"] >= 1700
+    assert by_name["ADM-64"]["forwards_per_second"] >= 3 * others["adm_64"]["forwards_per_second"]
+    for name, key in (("ViT-B/2", "vit_b_2"), ("ViT-XL/2", "vit_xl_2")):
+        assert by_name[name]["forwards_per_second"] < 3 * others[key]["forwards_per_second"]
+    aim = others["aims"]["vit_xl_2_train_images_per_second"]
+    assert by_name["ViT-XL/2"]["train_images_per_second"] < aim
+    assert [variant["name"] for variant in before["variants"]] == ["ViT-B/2", "ViT-XL/2"]
+    assert before["device"] == VITS["device"] == others["device"]
     assert {file["device"] for file in (VITS, ADM, DISK)} == {"NVIDIA H200"}
 
 
@@ -215,6 +225,7 @@ def test_the_committed_measurements_are_consistent(measured):
     assert measured["train_step_ms"] == pytest.approx(1000 * measured["batch"] / speed)
     assert measured["gpu_busy_ms"] <= measured["train_step_ms"]
     assert sum(measured["gpu_busy_shares"].values()) == pytest.approx(1, abs=1e-3)
+    assert measured["gpu_busy_shares"]["other"] < 0.05
     # listed are the 30 largest kernels, largest first, all within the time that the GPU is busy
     times = [time for _, time in measured["largest_kernels_ms"]]
     assert times == sorted(times, reverse=True) and 0 < sum(times) <= measured["gpu_busy_ms"]

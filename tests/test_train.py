@@ -316,6 +316,22 @@ def test_killed_while_it_measures_at_the_time_limit_it_measures_again(home, monk
     assert [line for line in measured(again) if line[0] == 4] == measured(stopped)
 
 
+def test_a_run_that_stopped_may_be_declared_finished_and_no_other_record_changes(home, monkeypatch):
+    monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
+    out = train.train(EVALUATED, home / "out", "cpu", grid=(1, 1), minutes=1e-9)
+    seen = runs.load_run(out).record.images
+    assert not runs.load_run(out).finished
+    shorter = change(EVALUATED, images=seen)
+    assert not train.is_trained(shorter, out)  # so `train-all` declares it too
+    train.train(shorter, out, "cpu", grid=(1, 1))
+    assert runs.load_run(out).finished and runs.load_run(out).config.train.images == seen
+    assert train.is_trained(shorter, out)
+    monkeypatch.setattr(train.Trainer, "train_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # a longer one that fails at once
+        train.train(EVALUATED, out, "cpu", grid=(1, 1))
+    assert runs.load_run(out).finished
+
+
 def test_a_record_made_up_for_keeps_what_was_measured(home, monkeypatch):
     monkeypatch.setitem(evaluate.NETWORKS, "efficientnet_lite0", Means)
     folder = train.train(EVALUATED, home / "out", "cpu", grid=(1, 1))

@@ -426,13 +426,26 @@ def test_what_stands_between_products_is_rounded_once(by_kernels, case):
 @pytest.mark.parametrize("case", ["blocks", "blocks, heads of 24"])
 def test_blocks_by_kernels_give_every_parameter_its_gradient(by_kernels, case):
     assert len(by_kernels[case]) == 2 + 2 * 13
-    assert max(by_kernels[case]) < 1e-2 and sorted(by_kernels[case])[-2] < 2e-3
+    found = by_kernels[case]
+    assert found[17] < 1e-2  # of the second block's queries' bias, which nearly cancels
+    assert max(found[:17] + found[18:]) < 2e-3
 
 
-def test_kernels_are_for_gpus_under_autocast_alone():
-    assert not vit_fused.can_take(torch.zeros(1, 4, 64), 1)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not vit_fused.can_take(torch.zeros(1, 4, 64), 1)
+class OnGPU(torch.Tensor):
+    is_cuda = True
+
+
+def test_kernels_are_for_gpus_under_autocast_alone(monkeypatch):
+    if vit_fused.vit_kernels is None:
+        pytest.skip("Triton is not installed: `make kernels` adds it")
+    monkeypatch.setattr(vit_fused.vit_kernels, "can_attend", lambda *_: True)
+    z = torch.zeros(1, 4, 64)
+    gpu = z.as_subclass(OnGPU)
+    assert not vit_fused.can_take(gpu, 1)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    assert vit_fused.can_take(gpu, 1)
+    assert not vit_fused.can_take(z, 1)
+    assert not vit_fused.can_take(gpu.double(), 1)
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,16 @@ except ImportError:  # no Triton: on macOS and Windows
     vit_kernels = None
 
 
+enabled = True
+"""False to compute the blocks plainly: to compare with, and for torch.func, which cannot go through these."""
+
+
 def can_take(z: Tensor, heads: int) -> bool:
     """Whether the blocks can take z [n, s, d]: float32 on an NVIDIA GPU, under autocast to half precision.
 
     Of few tokens, and heads of 16 to 128 numbers (see `vit_kernels.can_attend`).
     """
-    if vit_kernels is None or not z.is_cuda or not torch.is_autocast_enabled("cuda"):
+    if not enabled or vit_kernels is None or not z.is_cuda or not torch.is_autocast_enabled("cuda"):
         return False
     dtype = torch.get_autocast_dtype("cuda")
     return z.dtype == torch.float32 and vit_kernels.can_attend(z, dtype, heads)

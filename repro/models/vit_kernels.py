@@ -12,7 +12,7 @@ The residual stream z is float32 [rows, width]; branches, and what the products 
 Each kernel is an operator of its own, which `torch.compile` calls as it is.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -279,12 +279,17 @@ LOG2_E = 1.4426950408889634
 
 
 def can_attend(x: Tensor, dtype: torch.dtype, heads: int) -> bool:
-    """Whether the kernels take tokens x [n, s, heads d] in the half precision `dtype`: on an NVIDIA GPU, few
-    tokens, d in 16 to 128."""
+    """Whether the kernels take tokens x [n, s, heads d] in the half precision `dtype`: on an NVIDIA GPU of
+    compute capability 8 or more, few tokens, d in 16 to 128."""
     d = x.shape[-1] // heads
-    there = (x.is_cuda or INTERPRETED) and torch.version.hip is None and x.numel() > 0
-    few = x.shape[1] <= MOST_TOKENS and heads <= 65_535
-    return there and dtype in HALF and few and 16 <= d <= 128 and d % 8 == 0
+    there = INTERPRETED or (x.is_cuda and torch.version.hip is None and _is_new(x.device.index))
+    few = 0 < x.shape[1] <= MOST_TOKENS and heads <= 65_535
+    return there and x.numel() > 0 and dtype in HALF and few and 16 <= d <= 128 and d % 8 == 0
+
+
+@torch.compiler.assume_constant_result
+def _is_new(gpu: int | None) -> bool:
+    return torch.cuda.get_device_properties(gpu).major >= 8
 
 
 def _parts(d: int) -> dict[str, int]:
@@ -430,7 +435,7 @@ def _attention_kernel(
             q_at, k_at, v_at, out_ptr + out_at, lse_ptr + lse_at, 3 * width, width, block * KEPT, scale,
             S, D, D1, D2, KEPT, False, OVER, OVER_TAIL,
         )  # fmt: skip
-    else:
+    elif KEPT_TAIL:
         _attend(
             q_at, k_at, v_at, out_ptr + out_at, lse_ptr + lse_at, 3 * width, width, block * KEPT, scale,
             S, D, D1, D2, KEPT_TAIL, True, OVER, OVER_TAIL,
@@ -519,7 +524,7 @@ def _query_gradient_kernel(
             dqkv_ptr + at, sum_ptr + sum_at, 3 * width, width, block * KEPT, scale, back,
             S, D, D1, D2, KEPT, False, OVER, OVER_TAIL,
         )  # fmt: skip
-    else:
+    elif KEPT_TAIL:
         _query_gradient(
             q_at, k_at, v_at, out_ptr + out_at, dout_ptr + out_at, lse_ptr + lse_at, delta_ptr + lse_at,
             dqkv_ptr + at, sum_ptr + sum_at, 3 * width, width, block * KEPT, scale, back,
@@ -612,7 +617,7 @@ def _key_gradient_kernel(
             dk_at, dk_at + width, sum_ptr + sum_at, 3 * width, width, block * KEPT, scale, back,
             S, D, D1, D2, KEPT, False, OVER, OVER_TAIL,
         )  # fmt: skip
-    else:
+    elif KEPT_TAIL:
         _key_gradient(
             q_at, k_at, v_at, dout_ptr + out_at, lse_ptr + lse_at, delta_ptr + lse_at,
             dk_at, dk_at + width, sum_ptr + sum_at, 3 * width, width, block * KEPT, scale, back,
@@ -625,6 +630,8 @@ def _launch(qkv: Tensor, heads: int, sizes: dict[bool, Blocks]) -> tuple[tuple[i
     n, tokens, d = len(qkv), qkv.shape[1], qkv.shape[-1] // (3 * heads)
     parts = _parts(d)
     how = sizes[parts["D2"] > 0]
+    if parts["D2"] > 32:  # more would not fit the 99 KB that a program has on GPUs of 8.6, 8.9 and 12.0
+        how = replace(how, kept=64)
     blocks = triton.cdiv(tokens, how.kept)
     tails = dict(KEPT_TAIL=_tail(tokens, how.kept), OVER_TAIL=_tail(tokens, how.over))
     return (n * blocks, heads), dict(
