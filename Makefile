@@ -19,7 +19,7 @@ ifneq ($(TORCH),default)
 export UV_FIND_LINKS ?= $(shell echo "$$PIP_FIND_LINKS" | tr -s ' ' ,)
 endif
 
-.PHONY: help figures $(FIGURES) verify test kernels lint env lab lock clean-env
+.PHONY: help figures $(FIGURES) report verify test kernels lint env lab lock clean-env
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -32,6 +32,9 @@ $(FIGURES): $(READY)
 	@.venv/bin/python -m repro render $@
 
 claims: $(filter-out claims,$(FIGURES))  # which are read by it
+
+report: claims $(READY) ## Set the replication report, paper/report.pdf, after all that it shows
+	@.venv/bin/python -m repro report $(ARGS)
 
 verify: $(READY) ## Draw everything anew beside what is committed, and compare; ARGS="--level records" takes seconds
 	@.venv/bin/python -m repro verify $(ARGS)

@@ -1,5 +1,5 @@
 """Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, claims,
-trace, verify, cards, presets.
+trace, verify, cards, report, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -621,6 +621,17 @@ def cards(check: bool = False) -> int:
     return 1 if check and found else 0
 
 
+def report(out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None) -> None:
+    """Set the replication report, a PDF, from paper/report.typ and the recorded values, figures and verdicts.
+
+    Args:
+        out: Where to write it; by default paper/report.pdf.
+    """
+    from repro import report as writing
+
+    print(f"written: {writing.write(out)}")
+
+
 def presets(profile: Literal["lab", "paper"] | None = None) -> None:
     """List the runs that can be trained.
 
@@ -695,6 +706,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "trace": trace,
                 "verify": verify,
                 "cards": cards,
+                "report": report,
                 "presets": presets,
             }
             return tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=[command, *rest]) or 0

@@ -370,6 +370,7 @@ def test_help_names_every_command(capsys):
             "trace",
             "verify",
             "cards",
+            "report",
         ):
             assert f"• {command} " in text
 
@@ -382,6 +383,7 @@ HELP = {
     "render": ("NAME=VALUE", "--force", "--list"),
     "trace": ("FILE", "Status 0 where all matches"),
     "cards": ("a model card for each recorded run", "--check"),
+    "report": ("--out FILE", "paper/report.pdf"),
     "claims": ("--values DIR", "--json", "is no error"),
     "presets": ("List the runs that can be trained", "--profile"),
 }
