@@ -1,5 +1,5 @@
 """Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, claims,
-trace, verify, cards, archive, presets.
+trace, verify, cards, archive, site, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -644,6 +644,18 @@ def archive(
     return 0
 
 
+def site(out: Folder = None) -> None:
+    """Write executed notebooks, verdicts, samples and cards as pages that need no server and no network.
+
+    Args:
+        out: Folder of the site, which is written anew; by default build/site.
+    """
+    from repro import provenance
+    from repro import site as pages
+
+    print(f"{pages.build(out or provenance.ROOT / 'build' / 'site')}")
+
+
 def presets(profile: Literal["lab", "paper"] | None = None) -> None:
     """List the runs that can be trained.
 
@@ -719,6 +731,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "verify": verify,
                 "cards": cards,
                 "archive": archive,
+                "site": site,
                 "presets": presets,
             }
             return tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=[command, *rest]) or 0

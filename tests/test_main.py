@@ -383,6 +383,7 @@ HELP = {
     "trace": ("FILE", "Status 0 where all matches"),
     "cards": ("a model card for each recorded run", "--check"),
     "archive": ("Pack code, records and outputs", "--check"),
+    "site": ("need no server", "--out DIR"),
     "claims": ("--values DIR", "--json", "is no error"),
     "presets": ("List the runs that can be trained", "--profile"),
 }
@@ -477,7 +478,7 @@ def test_a_misspelt_option_names_the_near_ones(capsys, trained):
     assert "Perhaps you meant: --neighbours" in exits(capsys, "evaluate", NAME, "--neighbors")
     assert "Unrecognized options: trian" in exits(capsys, "trian", NAME)
     commands = "prepare, train, sample, evaluate, train-all, gradients, encode, import, render, claims, trace"
-    assert f"{commands}, verify, cards, archive, presets" in exits(capsys, "trian", NAME)
+    assert f"{commands}, verify, cards, archive, site, presets" in exits(capsys, "trian", NAME)
 
 
 def test_bad_values_are_named(capsys):
