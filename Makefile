@@ -19,7 +19,7 @@ ifneq ($(TORCH),default)
 export UV_FIND_LINKS ?= $(shell echo "$$PIP_FIND_LINKS" | tr -s ' ' ,)
 endif
 
-.PHONY: help figures $(FIGURES) report verify test kernels lint env lab lock clean-env
+.PHONY: help figures $(FIGURES) report verify archive html test kernels lint env lab lock clean-env
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -38,6 +38,12 @@ report: claims $(READY) ## Set the replication report, paper/report.pdf, after a
 
 verify: $(READY) ## Draw everything anew beside what is committed, and compare; ARGS="--level records" takes seconds
 	@.venv/bin/python -m repro verify $(ARGS)
+
+archive: $(READY) ## Pack code, records and outputs into one .zip in build/, with checksums, for Zenodo and the like
+	@.venv/bin/python -m repro archive $(ARGS)
+
+html: $(FIGURES) ## Draw what is out of date, then write it all as pages to browse, from build/site/index.html on
+	@.venv/bin/python -m repro site $(ARGS)
 
 test: $(READY) ## Run the tests; ARGS="-k samplers" runs some of them
 	@OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist worksteal $(ARGS)

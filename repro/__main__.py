@@ -1,5 +1,5 @@
 """Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, claims,
-trace, verify, cards, report, presets.
+trace, verify, cards, report, archive, site, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -632,6 +632,41 @@ def report(out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None) ->
     print(f"written: {writing.write(out)}")
 
 
+def archive(
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
+    check: Annotated[Path | None, tyro.conf.arg(metavar="FILE_OR_DIR")] = None,
+) -> int:
+    """Pack code, records and outputs into one .zip for an archive, with checksums and a description.
+
+    Args:
+        out: The .zip; by default build/<name>-<version>.zip.
+        check: Only say what is missing, changed or extra in this archive, or in the folder that it was
+            unpacked to; status 1 where something is.
+    """
+    from repro import archive as archiving
+    from repro import files
+
+    if check:
+        found = archiving.check(check)
+        print("\n".join(found) or f"{check} is whole")
+        return 1 if found else 0
+    made = archiving.build(out)
+    print(f"{made}: {made.stat().st_size / 1e6:.0f} MB, SHA-256 {files.sha256(made)}")
+    return 0
+
+
+def site(out: Folder = None) -> None:
+    """Write executed notebooks, verdicts, samples and cards as pages that need no server and no network.
+
+    Args:
+        out: Folder of the site, which is written anew; by default build/site.
+    """
+    from repro import provenance
+    from repro import site as pages
+
+    print(f"{pages.build(out or provenance.ROOT / 'build' / 'site')}")
+
+
 def presets(profile: Literal["lab", "paper"] | None = None) -> None:
     """List the runs that can be trained.
 
@@ -707,6 +742,8 @@ def main(arguments: list[str] | None = None) -> int:
                 "verify": verify,
                 "cards": cards,
                 "report": report,
+                "archive": archive,
+                "site": site,
                 "presets": presets,
             }
             return tyro.extras.subcommand_cli_from_dict(commands, prog=PROG, args=[command, *rest]) or 0

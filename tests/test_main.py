@@ -384,6 +384,8 @@ HELP = {
     "trace": ("FILE", "Status 0 where all matches"),
     "cards": ("a model card for each recorded run", "--check"),
     "report": ("--out FILE", "paper/report.pdf"),
+    "archive": ("Pack code, records and outputs", "--check"),
+    "site": ("need no server", "--out DIR"),
     "claims": ("--values DIR", "--json", "is no error"),
     "presets": ("List the runs that can be trained", "--profile"),
 }
@@ -478,7 +480,7 @@ def test_a_misspelt_option_names_the_near_ones(capsys, trained):
     assert "Perhaps you meant: --neighbours" in exits(capsys, "evaluate", NAME, "--neighbors")
     assert "Unrecognized options: trian" in exits(capsys, "trian", NAME)
     commands = "prepare, train, sample, evaluate, train-all, gradients, encode, import, render, claims, trace"
-    assert f"{commands}, verify, cards, presets" in exits(capsys, "trian", NAME)
+    assert f"{commands}, verify, cards, report, archive, site, presets" in exits(capsys, "trian", NAME)
 
 
 def test_bad_values_are_named(capsys):
