@@ -6,7 +6,7 @@ here writes a file, and no number of the paper comes from here.
 
 from __future__ import annotations
 
-import contextlib
+import io
 import time
 from collections.abc import Callable, Sequence
 
@@ -14,7 +14,6 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import display
 from jaxtyping import UInt8
 from matplotlib.figure import Figure
 
@@ -198,12 +197,10 @@ def samples_panel(run: str, seeds: int = 2) -> widgets.Widget:
     guidance = widgets.FloatSlider(1.5, min=1.0, max=4.0, step=0.25, description="guidance")
     seed = widgets.BoundedIntText(0, min=0, max=10**9, description="first seed")
     button = widgets.Button(description="draw", button_style="primary")
-    progress, told, picture = widgets.IntProgress(0, min=0, max=1), widgets.Label(), widgets.Output()
+    progress, told, picture = widgets.IntProgress(0, min=0, max=1), widgets.Label(), widgets.Image()
 
     def show(images: np.ndarray) -> None:
-        with picture:
-            picture.clear_output(wait=True)
-            _show(paper.show_rows({"": images}, len(images)))
+        picture.value = _png(paper.show_rows({"": images}, len(images)))
 
     def step(done: int, calls: int, images: np.ndarray) -> None:
         progress.max, progress.value = calls, done
@@ -230,7 +227,7 @@ def samples_panel(run: str, seeds: int = 2) -> widgets.Widget:
 
 def _redrawn(draw: Callable[..., Figure], controls: dict[str, widgets.Widget]) -> widgets.Widget:
     """Controls, and beside them what `draw` makes of their values, drawn anew when one changes."""
-    picture, told = widgets.Output(), widgets.Label()
+    picture, told = widgets.Image(), widgets.Label()
 
     def redraw(_=None) -> None:
         values = {name: control.value for name, control in controls.items()}
@@ -240,9 +237,7 @@ def _redrawn(draw: Callable[..., Figure], controls: dict[str, widgets.Widget]) -
         except ReproError as error:
             told.value = f"error: {error}"
             return
-        with picture:
-            picture.clear_output(wait=True)
-            _show(fig)
+        picture.value = _png(fig)
 
     for control in controls.values():
         control.observe(redraw, "value")
@@ -250,7 +245,10 @@ def _redrawn(draw: Callable[..., Figure], controls: dict[str, widgets.Widget]) -
     return widgets.VBox([widgets.HBox(list(controls.values())), told, picture])
 
 
-def _show(fig: Figure) -> None:
-    display(fig)
-    with contextlib.suppress(Exception):  # it is shown: a figure left open would be shown again
+def _png(fig: Figure) -> bytes:
+    """A figure as a PNG, closed. An `Output` widget would take figures as they are, but a notebook that is
+    executed without a browser can wait for one of them for ever."""
+    with io.BytesIO() as file:
+        fig.savefig(file, format="png")
         plt.close(fig)
+        return file.getvalue()

@@ -129,7 +129,6 @@ def found(box, kind):
 def test_moving_a_slider_draws_anew_and_an_error_is_told(monkeypatch):
     asked = []
     monkeypatch.setattr(explore, "draw_weights", lambda **given: asked.append(given) or plt.figure())
-    monkeypatch.setattr(explore, "_show", lambda fig: plt.close(fig))
     panel = explore.weights_panel()
     (gamma,) = found(panel, explore.widgets.FloatLogSlider)
     gamma.value = 20.0
@@ -138,7 +137,8 @@ def test_moving_a_slider_draws_anew_and_an_error_is_told(monkeypatch):
 
 def test_the_button_draws_shows_progress_and_tells_how_long_it_took(monkeypatch):
     shown = []
-    monkeypatch.setattr(explore, "_show", lambda fig: (shown.append(fig), plt.close(fig)))
+    png = explore._png
+    monkeypatch.setattr(explore, "_png", lambda fig: shown.append(png(fig)) or shown[-1])
     recorded = runs.load_run(RUN)
     monkeypatch.setattr(runs.Run, "denoiser", lambda self: stand_in(recorded))
     panel = explore.samples_panel(RUN, seeds=2)
@@ -150,6 +150,7 @@ def test_the_button_draws_shows_progress_and_tells_how_long_it_took(monkeypatch)
     assert progress.value == progress.max == 7 and not button.disabled
     assert told.value.startswith("Heun, 4 steps") and told.value.endswith(" s, 7 calls")
     assert len(shown) >= 2
+    assert found(panel, explore.widgets.Image)[0].value == shown[-1] and shown[-1].startswith(b"\x89PNG")
 
     def broken(*_):
         raise ReproError("no weights")
