@@ -36,7 +36,7 @@ claims: $(filter-out claims,$(FIGURES))  # which are read by it
 report: claims $(READY) ## Set the replication report, paper/report.pdf, after all that it shows
 	@.venv/bin/python -m repro report $(ARGS)
 
-verify: $(READY) ## Draw everything anew beside what is committed, and compare; ARGS="--level records" takes seconds
+verify: $(READY) ## Draw everything anew beside what is committed, and compare; ARGS="--level records" takes a minute
 	@.venv/bin/python -m repro verify $(ARGS)
 
 archive: $(READY) ## Pack code, records and outputs into one .zip in build/, with checksums, for Zenodo and the like

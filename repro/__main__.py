@@ -566,7 +566,7 @@ def verify(
 ) -> int:
     """Check that the records are whole and that the outputs follow from them. Status 1 where they do not.
 
-    Level records takes seconds: the hashes of all recorded files, and what each figure, table and value was
+    Level records takes a minute: the hashes of all recorded files, and what each figure, table and value was
     made from. Level figures, the default, also draws them anew and compares, which takes minutes. Level
     checkpoints draws each recorded run's samples again and measures them: on a GPU, minutes.
 

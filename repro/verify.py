@@ -1,6 +1,6 @@
 """Check that the records are whole, that figures follow from them, and that weights still score as recorded.
 
-    python -m repro verify --level records       # seconds: every hash, and what each output was made from
+    python -m repro verify --level records       # a minute: every hash, and what each output was made from
     python -m repro verify                       # minutes: also draws everything anew, and compares
     python -m repro verify --level checkpoints   # on a GPU: draws the samples again, and measures them
 

@@ -1,16 +1,12 @@
 """The norm's kernels against PyTorch's own functions, on a GPU if there is one, or else interpreted."""
 
 import importlib
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kernels import of_kernels
 
 from repro.models.norm import GroupNorm, norm_kernels
 
@@ -23,14 +19,9 @@ FLOAT32 = (
 
 @pytest.fixture(scope="module")
 def found():
-    """Triton reads TRITON_INTERPRET when it is imported, so this takes a process of its own."""
     if norm_kernels is None:
         pytest.skip("Triton is not installed: `make kernels` adds it")
-    script = Path(__file__).with_name("norm_cases.py")
-    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    process = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return of_kernels("norm_cases.py")
 
 
 @pytest.mark.parametrize("module", ["norm_kernels", "vit_kernels"])

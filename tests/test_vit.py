@@ -2,12 +2,7 @@
 
 import copy
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import ClassVar
 
 import jaxtyping
@@ -17,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernels import of_kernels
 from released import listed
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -387,14 +383,9 @@ def test_images_of_another_size(shape):
 
 @pytest.fixture(scope="module")
 def by_kernels():
-    """Triton reads TRITON_INTERPRET when it is imported, so this takes a process of its own."""
     if vit_fused.vit_kernels is None:
         pytest.skip("Triton is not installed: `make kernels` adds it")
-    script = Path(__file__).with_name("vit_cases.py")
-    environment = os.environ | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
-    process = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
-    assert process.returncode == 0, process.stderr
-    return json.loads(process.stdout.splitlines()[-1])
+    return of_kernels("vit_cases.py")
 
 
 @pytest.mark.parametrize(
