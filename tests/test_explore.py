@@ -5,6 +5,7 @@ import json
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import papermill
 import pytest
 import torch
 
@@ -161,7 +162,6 @@ def test_the_button_draws_shows_progress_and_tells_how_long_it_took(monkeypatch)
 
 
 def test_the_notebook_runs_and_shows_three_panels(tmp_path):
-    papermill = pytest.importorskip("papermill")
     out = tmp_path / "explore.ipynb"
     book = provenance.ROOT / "notebooks" / "explore.ipynb"
     how = {"kernel_name": "python3", "language": "python", "progress_bar": False, "cwd": str(book.parent)}

@@ -10,8 +10,6 @@ from repro import claims, provenance, report
 from repro.__main__ import main
 from repro.files import ReproError
 
-pytest.importorskip("typst", reason="the report is set by typst")
-
 PAPER = provenance.ROOT / "paper"
 SOURCE = (PAPER / "report.typ").read_text()
 CODE, TEXT = SOURCE.split("\n// Text ---", 1)
