@@ -867,6 +867,7 @@ def _train(
         shorter = replace(recorded.config.train, images=run.train.images)
         runs.write_record(out, replace(recorded, config=replace(recorded.config, train=shorter)))
     measure, last = trainer.step in evaluations or trainer.stopped, trainer.step == total
+    measure = measure and source is None  # of a source's weights, its record has what was measured
     if (measure or last) and not whole:  # killed between the state and the record
         if measure and place.first:
             keep_until(out / "metrics.jsonl", trainer.images - 1)

@@ -1063,6 +1063,16 @@ def test_a_run_goes_on_from_its_recorded_weights_where_its_state_is_lost(home, m
     assert log_of(folder)[-1][2] == pytest.approx(0.5e-3)
 
 
+def test_what_was_measured_of_recorded_weights_is_kept_and_not_measured_again(home):
+    short = train.train(change(RUN, images=24), home / "short", "cpu", grid=(1, 1))
+    files.append_line(short / "metrics.jsonl", {"name": "by hand", "value": 1.5, "images": 24})
+    lines = (short / "metrics.jsonl").read_text()
+    longer = dataclasses.replace(RUN, evaluate=Evaluate(at=(24,), samples=4))
+    folder = train.train(longer, home / "out", "cpu", grid=(1, 1), from_weights=short)
+    found = (folder / "metrics.jsonl").read_text()
+    assert found.startswith(lines) and {m["images"] for m in runs.load_run(folder).metrics} == {24, 48}
+
+
 def test_two_processes_go_on_from_recorded_weights_as_one_does(home):
     short = train.train(change(RUN, images=24), home / "short", "cpu", grid=(1, 1))
     code = script(home / "two", changes="images=40")
