@@ -161,6 +161,12 @@ def test_the_button_draws_shows_progress_and_tells_how_long_it_took(monkeypatch)
     assert told.value == "error: no weights" and not button.disabled
 
 
+def test_the_notebook_names_its_kernel_and_its_formulas_are_formulas():
+    book = nbformat.read(provenance.ROOT / "notebooks" / "explore.ipynb", 4)
+    assert book.metadata.kernelspec.name == "python3"  # or JupyterLab asks for one first
+    assert not any("\\\\" in cell.source for cell in book.cells if cell.cell_type == "markdown")
+
+
 def test_the_notebook_runs_and_shows_three_panels(tmp_path):
     out = tmp_path / "explore.ipynb"
     book = provenance.ROOT / "notebooks" / "explore.ipynb"
