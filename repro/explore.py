@@ -6,6 +6,7 @@ here writes a file, and no number of the paper comes from here.
 
 from __future__ import annotations
 
+import html
 import io
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,9 @@ from repro.files import ReproError
 TARGETS = ("x0", "eps", "v", "edm")
 WEIGHTS = ("min_snr", "soft_min_snr", "constant", "snr", "truncated_snr", "p2", "edm")
 
+GAMMAS = tuple(float(f"{digits}e{power}") for power in range(-1, 3) for digits in (1, 1.5, 2, 3, 5, 7))
+"""What the slider steps through: round numbers, the paper's 1, 5, 10 and 20 among them."""
+
 SAMPLERS = {
     "Heun": {"sampler": "heun"},
     "DPM-Solver 2": {"sampler": "dpm_solver", "order": 2},
@@ -34,6 +38,9 @@ SAMPLERS = {
 
 SMALL = 8_000_000
 """Parameters: a network of more takes long on a CPU."""
+
+QUICK = 0.1
+"""Seconds after a drawing within which the next click is taken for one that waited while it was drawn."""
 
 
 # Weights ---------------------------------------------------------------------------------------------
@@ -51,7 +58,7 @@ def draw_weights(gamma: float, target: str, others: Sequence[str] = ()) -> Figur
     names = ["min_snr", *(name for name in others if name != "min_snr")]
     if unknown := [name for name in names if name not in WEIGHTS]:
         raise ReproError(f"there is no weight {unknown[0]!r}; known are {', '.join(WEIGHTS)}")
-    fig, axes = plt.subplots(1, 2, figsize=paper.figure_size("page", 0.36), sharex=True)
+    fig, axes = _pair()
     for name in names:
         takes_gamma = name in ("min_snr", "soft_min_snr")
         weight = weights.from_config(config.Weight(name, gamma=gamma if takes_gamma else None), space)
@@ -61,7 +68,8 @@ def draw_weights(gamma: float, target: str, others: Sequence[str] = ()) -> Figur
         axes[1].plot(snr, on_x0 / space.inverse_c_out2(snr), label=told)
     for ax, of in zip(axes, ("x0", target), strict=True):
         ax.set(xscale="log", yscale="log", xlabel="SNR", ylabel="weight", title=f"on losses in {of}")
-    axes[0].legend()
+        ax.minorticks_off()  # over eight decades they say nothing, and take most of the time to draw
+    _legend_below(fig, columns=4)
     return fig
 
 
@@ -78,15 +86,20 @@ def small_runs() -> list[str]:
     return [name for _, name in sorted(found)]
 
 
+def can_guide(recorded: runs.Run) -> bool:
+    """Whether a run has classes and a null class: without them there is nothing to guide from."""
+    return bool(recorded.config.data.classes and recorded.config.model.null_class)
+
+
 def way(recorded: runs.Run, sampler: str, steps: int, guidance: float) -> config.Sample:
     """How to draw: by the sampler of that name in `SAMPLERS`, on that run's own range of noise.
 
-    Without guidance where the run has no null class to guide from. Raises `ReproError` for an unknown name.
+    Without guidance where the run cannot guide (`can_guide`). Raises `ReproError` for an unknown name.
     """
     if sampler not in SAMPLERS:
         raise ReproError(f"there is no sampler {sampler!r}; known are {', '.join(SAMPLERS)}")
     own = recorded.sample
-    guided = guidance if recorded.config.data.classes and recorded.config.model.null_class else 1.0
+    guided = guidance if can_guide(recorded) else 1.0
     return config.Sample(
         steps=steps, guidance=guided, sigma_min=own.sigma_min, sigma_max=own.sigma_max, **SAMPLERS[sampler]
     )
@@ -141,13 +154,13 @@ def draw_curves(names: Sequence[str]) -> Figure:
     Losses of different weights or targets are not on one scale: they are drawn to see a run's own course.
     Distances of different feature networks do not belong on one axis: raises `ReproError`.
     """
-    found = [runs.load_run(name) for name in names]
+    found = [runs.load_run(name) for name in dict.fromkeys(names)]  # one named twice has one curve
     features = {one.config.evaluate.features for one in found}
     if len(features) > 1:
         raise ReproError(
             f"distances on different features ({', '.join(sorted(features))}) have no common axis"
         )
-    fig, axes = plt.subplots(1, 2, figsize=paper.figure_size("page", 0.36))
+    fig, axes = _pair()
     for one in found:
         images, distances = one.curve(one.sample)
         axes[0].plot(np.array(images) / 1e6, distances, "o-", label=one.name)
@@ -157,8 +170,17 @@ def draw_curves(names: Sequence[str]) -> Figure:
     label = "training images seen (millions)"
     axes[0].set(xlabel=label, ylabel="distance to the real images", yscale="log")
     axes[1].set(xlabel=label, ylabel="training loss (own weight)", yscale="log")
-    axes[0].legend()
+    _legend_below(fig, columns=2)
     return fig
+
+
+def _pair() -> tuple[Figure, np.ndarray]:
+    return plt.subplots(1, 2, figsize=paper.figure_size("page", 0.4), layout="constrained")
+
+
+def _legend_below(fig: Figure, columns: int) -> None:
+    """One legend for both axes, outside them: lines go anywhere, so that inside it would lie on some."""
+    fig.legend(*fig.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=columns)
 
 
 # Panels ----------------------------------------------------------------------------------------------
@@ -166,8 +188,16 @@ def draw_curves(names: Sequence[str]) -> Figure:
 
 def weights_panel() -> widgets.Widget:
     """Sliders over `draw_weights`."""
-    gamma = widgets.FloatLogSlider(5.0, min=-1, max=3, step=0.05, description="γ", readout_format=".3g")
-    target = widgets.ToggleButtons(options=TARGETS, description="target")
+    # without a readout: one could type into it, and nothing would come of it
+    known = [(f"{gamma:g}", gamma) for gamma in GAMMAS]
+    gamma = widgets.SelectionSlider(options=known, value=5.0, readout=False)
+
+    def describe(_=None) -> None:
+        gamma.description = f"γ = {gamma.label}"
+
+    gamma.observe(describe, "value")
+    describe()
+    target = widgets.ToggleButtons(options=TARGETS, description="target", style={"button_width": "60px"})
     others = widgets.SelectMultiple(options=WEIGHTS[1:], value=("constant",), rows=6, description="beside it")
     return _redrawn(draw_weights, {"gamma": gamma, "target": target, "others": others})
 
@@ -178,71 +208,111 @@ def curves_panel(first: str, second: str) -> widgets.Widget:
     for name in (first, second):
         if name not in known:
             raise ReproError(f"{name} is no recorded run with distances; there are {', '.join(known)}")
-    one = widgets.Dropdown(options=known, value=first, description="one")
-    other = widgets.Dropdown(options=known, value=second, description="another")
+    one = widgets.Dropdown(options=known, value=first, description="one", layout=_wide())
+    other = widgets.Dropdown(options=known, value=second, description="another", layout=_wide())
     return _redrawn(lambda one, other: draw_curves([one, other]), {"one": one, "other": other})
 
 
 def samples_panel(run: str, seeds: int = 2) -> widgets.Widget:
     """Menus and sliders over `draw_samples`, with a button, a progress bar and the images as they come.
 
-    Raises `ReproError` for a run that is none of `small_runs`.
+    seeds: how many images at once. The slider of guidance is off where the chosen run cannot guide. Raises
+    `ReproError` for a run that is none of `small_runs`, and for no images.
     """
     known = small_runs()
     if run not in known:
         raise ReproError(f"{run} is no small recorded run with weights; there are {', '.join(known)}")
-    of = widgets.Dropdown(options=known, value=run, description="run")
-    sampler = widgets.Dropdown(options=list(SAMPLERS), description="sampler")
-    steps = widgets.IntSlider(8, min=2, max=50, description="steps")
-    guidance = widgets.FloatSlider(1.5, min=1.0, max=4.0, step=0.25, description="guidance")
-    seed = widgets.BoundedIntText(0, min=0, max=10**9, description="first seed")
+    if seeds < 1:
+        raise ReproError(f"at least 1 image must be drawn at once, not {seeds}")
+    of = widgets.Dropdown(options=known, value=run, description="run", layout=_wide())
+    sampler = widgets.Dropdown(options=list(SAMPLERS), description="sampler", layout=_wide())
+    steps = widgets.IntSlider(8, min=2, max=50, description="steps", layout=_wide())
+    guidance = widgets.FloatSlider(1.5, min=1.0, max=4.0, step=0.25, description="guidance", layout=_wide())
+    seed = widgets.BoundedIntText(0, min=0, max=10**9, description="first seed", layout=_wide())
     button = widgets.Button(description="draw", button_style="primary")
-    progress, told, picture = widgets.IntProgress(0, min=0, max=1), widgets.Label(), widgets.Image()
+    progress, told = widgets.IntProgress(0, min=0, max=1, layout=_wide()), widgets.HTML(layout=_wide())
+    # as wide as there is room for beside the controls, below them where there is little
+    picture = _picture(flex="1 1 300px", min_width="0", max_width="700px", display="none")
+
+    def chosen(_=None) -> None:
+        guidance.disabled = not can_guide(runs.load_run(of.value))
 
     def show(images: np.ndarray) -> None:
-        picture.value = _png(paper.show_rows({"": images}, len(images)))
+        _show(picture, paper.show_rows({"": images}, len(images)))
 
     def step(done: int, calls: int, images: np.ndarray) -> None:
         progress.max, progress.value = calls, done
         if done % max(1, calls // 8) == 0:
             show(images)
 
+    ended = 0.0
+
     def draw(_=None) -> None:
+        nonlocal ended
+        if time.perf_counter() - ended < QUICK:  # a second click, made before the button was off
+            return
         button.disabled, began = True, time.perf_counter()
+        progress.value, told.value = 0, ""
         try:
             recorded = runs.load_run(of.value)
             how = way(recorded, sampler.value, steps.value, guidance.value)
-            show(draw_samples(recorded, how, range(seed.value, seed.value + seeds), step))
+            drawn = range(seed.value, seed.value + seeds)
+            show(draw_samples(recorded, how, drawn, step))
             described = paper.describe_sampler(config.sample_json(how))
-            told.value = f"{described}: {time.perf_counter() - began:.1f} s, {progress.max} calls"
+            took = f"{time.perf_counter() - began:.1f} s, {progress.max} calls"
+            told.value = html.escape(f"{of.value}, {described}, seeds from {drawn.start}: {took}")
         except ReproError as error:
-            told.value = f"error: {error}"
+            _tell_error(told, picture, error)
         finally:
-            button.disabled = False
+            button.disabled, ended = False, time.perf_counter()
 
+    of.observe(chosen, "value")
+    chosen()
     button.on_click(draw)
     left = widgets.VBox([of, sampler, steps, guidance, seed, button, progress, told])
-    return widgets.HBox([left, picture])
+    left.layout.max_width = "100%"
+    return widgets.Box([left, picture], layout={"flex_flow": "row wrap"})
 
 
 def _redrawn(draw: Callable[..., Figure], controls: dict[str, widgets.Widget]) -> widgets.Widget:
-    """Controls, and beside them what `draw` makes of their values, drawn anew when one changes."""
-    picture, told = widgets.Image(), widgets.Label()
+    """Controls, and below them what `draw` makes of their values, drawn anew when one changes."""
+    picture, told = _picture(), widgets.HTML()
 
     def redraw(_=None) -> None:
         values = {name: control.value for name, control in controls.items()}
         try:
-            fig = draw(**values)
+            _show(picture, draw(**values))
             told.value = ""
         except ReproError as error:
-            told.value = f"error: {error}"
-            return
-        picture.value = _png(fig)
+            _tell_error(told, picture, error)
 
     for control in controls.values():
         control.observe(redraw, "value")
     redraw()
-    return widgets.VBox([widgets.HBox(list(controls.values())), told, picture])
+    return widgets.VBox(
+        [widgets.Box(list(controls.values()), layout={"flex_flow": "row wrap"}), told, picture]
+    )
+
+
+def _wide() -> widgets.Layout:
+    """Of a control that shows the longest run's name in full, and is as wide as there is room for at most."""
+    return widgets.Layout(width="400px", max_width="100%")
+
+
+def _picture(**layout: str) -> widgets.Image:
+    # a box would stretch it, and with its margin it would be wider than the cell
+    return widgets.Image(layout={"align_self": "flex-start", "margin": "0", **layout})
+
+
+def _show(picture: widgets.Image, fig: Figure) -> None:
+    picture.value = _png(fig)
+    picture.layout.display = None
+
+
+def _tell_error(told: widgets.HTML, picture: widgets.Image, error: ReproError) -> None:
+    """What is wrong, in place of a picture of something else. (A `Label` would cut it to one line.)"""
+    told.value = html.escape(f"error: {error}")
+    picture.layout.display = "none"
 
 
 def _png(fig: Figure) -> bytes:

@@ -37,6 +37,18 @@ def test_weights_are_drawn_as_the_library_has_them(gamma, target):
     assert set(lines(left)) == {f"min_snr, gamma {gamma:g}", "constant", "p2"}
 
 
+def test_legends_lie_outside_the_axes_with_any_number_of_lines():
+    for fig in (
+        explore.draw_weights(5.0, "v", explore.WEIGHTS),
+        explore.draw_curves([RUN, "lab/imagenet64-x0-snr"]),
+    ):
+        fig.canvas.draw()
+        (legend,) = fig.legends
+        assert not any(ax.get_legend() for ax in fig.axes)
+        assert not any(legend.get_window_extent().overlaps(ax.get_tightbbox()) for ax in fig.axes)
+        assert len(legend.texts) == len(fig.axes[0].lines)
+
+
 def test_weights_that_there_are_not():
     with pytest.raises(ReproError, match="no weight 'minsnr'; known are min_snr"):
         explore.draw_weights(5.0, "x0", ("minsnr",))
@@ -113,8 +125,11 @@ def test_runs_in_the_menus_are_small_and_have_weights_and_curves_are_the_recorde
     np.testing.assert_allclose(lines(left)[RUN][0] * 1e6, images)
     np.testing.assert_allclose(lines(left)[RUN][1], distances)
     assert len(lines(right)[RUN][0]) == len([line for line in recorded.log if line.get("loss") is not None])
+    assert set(lines(explore.draw_curves([RUN, RUN]).axes[0])) == {RUN}  # one run twice is one curve
     with pytest.raises(ReproError, match="lab/vit is no small recorded run"):
         explore.samples_panel("lab/vit")
+    with pytest.raises(ReproError, match="at least 1 image must be drawn at once, not 0"):
+        explore.samples_panel(RUN, seeds=0)
     with pytest.raises(ReproError, match="lab/nothing is no recorded run with distances"):
         explore.curves_panel(RUN, "lab/nothing")
 
@@ -127,13 +142,52 @@ def found(box, kind):
     return inside
 
 
-def test_moving_a_slider_draws_anew_and_an_error_is_told(monkeypatch):
+def test_moving_a_slider_draws_anew_and_an_error_is_told_in_place_of_the_picture(monkeypatch):
     asked = []
-    monkeypatch.setattr(explore, "draw_weights", lambda **given: asked.append(given) or plt.figure())
+
+    def drawn(**given):
+        asked.append(given)
+        if given["gamma"] > 100:
+            raise ReproError("gamma is > 100")
+        return plt.figure()
+
+    monkeypatch.setattr(explore, "draw_weights", drawn)
     panel = explore.weights_panel()
-    (gamma,) = found(panel, explore.widgets.FloatLogSlider)
+    (gamma,) = found(panel, explore.widgets.SelectionSlider)
+    (told,) = found(panel, explore.widgets.HTML)
+    (picture,) = found(panel, explore.widgets.Image)
     gamma.value = 20.0
     assert [given["gamma"] for given in asked] == [5.0, 20.0] and asked[1]["others"] == ("constant",)
+    gamma.value = 200.0
+    assert told.value == "error: gamma is &gt; 100" and picture.layout.display == "none"
+    gamma.value = 1.0
+    assert told.value == "" and picture.layout.display is None
+
+
+def test_the_slider_of_gamma_has_the_papers_values_and_says_which_it_is_at():
+    assert {1.0, 5.0, 10.0, 20.0} <= set(explore.GAMMAS)
+    (gamma,) = found(explore.weights_panel(), explore.widgets.SelectionSlider)
+    assert gamma.description == "γ = 5" and not gamma.readout
+    gamma.value = 0.15
+    assert gamma.description == "γ = 0.15"
+
+
+def test_controls_stay_beside_or_above_a_picture_of_any_width():
+    for panel in (explore.weights_panel(), explore.curves_panel(RUN, RUN), explore.samples_panel(RUN)):
+        assert "row wrap" in [box.layout.flex_flow for box in found(panel, explore.widgets.Box)]
+        (picture,) = found(panel, explore.widgets.Image)
+        assert (picture.layout.align_self, picture.layout.margin) == ("flex-start", "0")
+    (picture,) = found(explore.samples_panel(RUN), explore.widgets.Image)
+    assert picture.layout.min_width == "0"  # else it takes the controls' room
+    assert picture.layout.display == "none"  # there is none yet, and browsers show a broken one
+
+
+def test_guidance_can_be_moved_only_where_the_run_can_guide():
+    panel = explore.samples_panel(RUN)
+    (guidance,) = found(panel, explore.widgets.FloatSlider)
+    assert guidance.disabled
+    found(panel, explore.widgets.Dropdown)[0].value = "lab/imagenet64-latent-vit"
+    assert not guidance.disabled
 
 
 def test_the_button_draws_shows_progress_and_tells_how_long_it_took(monkeypatch):
@@ -145,13 +199,23 @@ def test_the_button_draws_shows_progress_and_tells_how_long_it_took(monkeypatch)
     panel = explore.samples_panel(RUN, seeds=2)
     (button,) = found(panel, explore.widgets.Button)
     (progress,) = found(panel, explore.widgets.IntProgress)
-    (told,) = found(panel, explore.widgets.Label)
+    (told,) = found(panel, explore.widgets.HTML)
+    (picture,) = found(panel, explore.widgets.Image)
     found(panel, explore.widgets.IntSlider)[0].value = 4
     button.click()
     assert progress.value == progress.max == 7 and not button.disabled
-    assert told.value.startswith("Heun, 4 steps") and told.value.endswith(" s, 7 calls")
-    assert len(shown) >= 2
-    assert found(panel, explore.widgets.Image)[0].value == shown[-1] and shown[-1].startswith(b"\x89PNG")
+    assert told.value.startswith(f"{RUN}, Heun, 4 steps from σ = 80, seeds from 0: ")
+    assert told.value.endswith(" s, 7 calls")
+    assert len(shown) >= 2 and picture.layout.display is None
+    assert picture.value == shown[-1] and shown[-1].startswith(b"\x89PNG")
+
+    drawn = len(shown)
+    monkeypatch.setattr(explore, "QUICK", 60.0)
+    button.click()  # as the second of two quick clicks, which the kernel gets when the first has been drawn
+    assert len(shown) == drawn and not button.disabled
+    monkeypatch.setattr(explore, "QUICK", 0.0)
+    button.click()
+    assert len(shown) > drawn
 
     def broken(*_):
         raise ReproError("no weights")
@@ -159,6 +223,13 @@ def test_the_button_draws_shows_progress_and_tells_how_long_it_took(monkeypatch)
     monkeypatch.setattr(explore, "draw_samples", broken)
     button.click()
     assert told.value == "error: no weights" and not button.disabled
+    assert picture.layout.display == "none" and progress.value == 0
+
+
+def test_the_notebook_names_its_kernel_and_its_formulas_are_formulas():
+    book = nbformat.read(provenance.ROOT / "notebooks" / "explore.ipynb", 4)
+    assert book.metadata.kernelspec.name == "python3"  # or JupyterLab asks for one first
+    assert not any("\\\\" in cell.source for cell in book.cells if cell.cell_type == "markdown")
 
 
 def test_the_notebook_runs_and_shows_three_panels(tmp_path):
