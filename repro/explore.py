@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -186,20 +187,25 @@ def _legend_below(fig: Figure, columns: int) -> None:
 # Panels ----------------------------------------------------------------------------------------------
 
 
-def weights_panel() -> widgets.Widget:
-    """Sliders over `draw_weights`."""
+def weights_panel(gamma: float | int = 5.0) -> widgets.Widget:
+    """Sliders over `draw_weights`, that of gamma over `GAMMAS` and the given one, where it begins.
+
+    Raises `ReproError` for a gamma that is not above 0.
+    """
+    if not 0 < gamma < math.inf:
+        raise ReproError(f"gamma must be a number above 0, not {gamma}")
     # without a readout: one could type into it, and nothing would come of it
-    known = [(f"{gamma:g}", gamma) for gamma in GAMMAS]
-    gamma = widgets.SelectionSlider(options=known, value=5.0, readout=False)
+    known = [(f"{value:g}", value) for value in sorted({*GAMMAS, float(gamma)})]
+    slider = widgets.SelectionSlider(options=known, value=float(gamma), readout=False)
 
     def describe(_=None) -> None:
-        gamma.description = f"γ = {gamma.label}"
+        slider.description = f"γ = {slider.label}"
 
-    gamma.observe(describe, "value")
+    slider.observe(describe, "value")
     describe()
     target = widgets.ToggleButtons(options=TARGETS, description="target", style={"button_width": "60px"})
     others = widgets.SelectMultiple(options=WEIGHTS[1:], value=("constant",), rows=6, description="beside it")
-    return _redrawn(draw_weights, {"gamma": gamma, "target": target, "others": others})
+    return _redrawn(draw_weights, {"gamma": slider, "target": target, "others": others})
 
 
 def curves_panel(first: str, second: str) -> widgets.Widget:

@@ -170,6 +170,11 @@ def test_the_slider_of_gamma_has_the_papers_values_and_says_which_it_is_at():
     assert gamma.description == "γ = 5" and not gamma.readout
     gamma.value = 0.15
     assert gamma.description == "γ = 0.15"
+    (gamma,) = found(explore.weights_panel(6.5), explore.widgets.SelectionSlider)
+    assert gamma.description == "γ = 6.5" and gamma.value == 6.5
+    for bad in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ReproError, match="gamma must be a number above 0"):
+            explore.weights_panel(bad)
 
 
 def test_controls_stay_beside_or_above_a_picture_of_any_width():
@@ -226,8 +231,11 @@ def test_the_button_draws_shows_progress_and_tells_how_long_it_took(monkeypatch)
     assert picture.layout.display == "none" and progress.value == 0
 
 
-def test_the_notebook_names_its_kernel_and_its_formulas_are_formulas():
-    book = nbformat.read(provenance.ROOT / "notebooks" / "explore.ipynb", 4)
+@pytest.mark.parametrize(
+    "path", sorted((provenance.ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.stem
+)
+def test_notebooks_name_their_kernel_and_their_formulas_are_formulas(path):
+    book = nbformat.read(path, 4)
     assert book.metadata.kernelspec.name == "python3"  # or JupyterLab asks for one first
     assert not any("\\\\" in cell.source for cell in book.cells if cell.cell_type == "markdown")
 
