@@ -26,17 +26,20 @@ def totals(paper: Path = PAPER) -> dict[str, object]:
     Raises `ReproError` where there is no record, or one that lacks what is summed.
     """
     found = {"runs": 0, "gpu_seconds": 0.0, "evaluation_seconds": 0.0}
-    devices = set()
+    devices, lines = set(), set()
     for path in sorted(paper.glob("runs/lab/*/run.json")):
         record = files.read_json(path)
         if absent := [key for key in ("seconds", "processes", "device") if key not in record]:
             raise ReproError(f"{path} has no {absent[0]!r}")
         found["runs"] += 1
-        found["gpu_seconds"] += record["seconds"] * record["processes"]
+        source = paper / "runs" / (record.get("from_run") or "") / "run.json"  # whose training counts once
+        shared = files.read_json(source) if source.is_file() and source != path else {"seconds": 0.0}
+        found["gpu_seconds"] += (record["seconds"] - shared["seconds"]) * record["processes"]
         devices.add(record["device"])
         metrics = path.with_name("metrics.jsonl")
-        lines = metrics.read_text().splitlines() if metrics.is_file() else []
-        found["evaluation_seconds"] += sum(json.loads(line).get("seconds") or 0 for line in lines)
+        lines |= set(metrics.read_text().splitlines() if metrics.is_file() else [])
+    # the same line of two records is one measurement: what went on from weights has those made of them
+    found["evaluation_seconds"] = float(sum(json.loads(line).get("seconds") or 0 for line in sorted(lines)))
     if not found["runs"]:
         raise ReproError(f"there are no recorded runs in {paper / 'runs'}")
     return {**found, "devices": ", ".join(sorted(devices))}

@@ -196,3 +196,23 @@ def test_every_verdict_that_the_text_shows_is_one_it_was_written_for():
 def test_it_never_calls_our_distance_an_fid():
     for sentence in re.findall(r"[^.]*\bFIDs?\b[^.]*\.", TEXT):
         assert re.search(r"paper|measured|no FID|an FID|is recorded", sentence), sentence
+
+
+def test_a_training_that_two_records_share_counts_once(tmp_path):
+    """And so does what was measured in it: the second record went on from the first one's weights."""
+    first = {"name": "FD", "value": 2.0, "images": 10, "seconds": 5.0}
+    records = {
+        "one": ({"seconds": 100.0, "processes": 2, "device": "A", "from_run": None}, [first]),
+        "longer": (
+            {"seconds": 160.0, "processes": 2, "device": "A", "from_run": "lab/one"},
+            [first, first | {"images": 20, "seconds": 7.0}],
+        ),
+        "own": ({"seconds": 30.0, "processes": 1, "device": "B", "from_run": "lab/own"}, []),
+    }
+    for name, (record, lines) in records.items():
+        folder = tmp_path / "runs" / "lab" / name
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(record))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    expected = {"runs": 3, "gpu_seconds": 350.0, "evaluation_seconds": 12.0, "devices": "A, B"}
+    assert report.totals(tmp_path) == expected
