@@ -75,14 +75,14 @@ def test_a_changed_value_and_a_changed_record_change_it(committed, paper):
     change(paper / "values/fig1_pixel_ablation.json", key, 9.99)
     changed = report.build(paper)[0]
     assert changed != committed
-    run = paper / "runs/lab/imagenet64-vit"
+    run = paper / "runs/lab/imagenet64-unet"
     lab = paper / "runs/lab"
     lab.unlink()
     lab.mkdir()
     for path in (PAPER / "runs/lab").iterdir():
         (lab / path.name).symlink_to(path)
     run.unlink()
-    shutil.copytree(PAPER / "runs/lab/imagenet64-vit", run)
+    shutil.copytree(PAPER / "runs/lab/imagenet64-unet", run)
     change(run / "run.json", "seconds", 123456.0)
     assert report.build(paper)[0] != changed
 
