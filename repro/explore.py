@@ -195,7 +195,7 @@ def weights_panel(gamma: float | int = 5.0) -> widgets.Widget:
     if not 0 < gamma < math.inf:
         raise ReproError(f"gamma must be a number above 0, not {gamma}")
     # without a readout: one could type into it, and nothing would come of it
-    known = [(f"{value:g}", value) for value in sorted({*GAMMAS, float(gamma)})]
+    known = [(f"{value:.12g}", value) for value in sorted({*GAMMAS, float(gamma)})]
     slider = widgets.SelectionSlider(options=known, value=float(gamma), readout=False)
 
     def describe(_=None) -> None:

@@ -26,20 +26,23 @@ def totals(paper: Path = PAPER) -> dict[str, object]:
     Raises `ReproError` where there is no record, or one that lacks what is summed.
     """
     found = {"runs": 0, "gpu_seconds": 0.0, "evaluation_seconds": 0.0}
-    devices, lines = set(), set()
+    records = []
     for path in sorted(paper.glob("runs/lab/*/run.json")):
         record = files.read_json(path)
         if absent := [key for key in ("seconds", "processes", "device") if key not in record]:
             raise ReproError(f"{path} has no {absent[0]!r}")
-        found["runs"] += 1
-        source = paper / "runs" / (record.get("from_run") or "") / "run.json"  # whose training counts once
-        shared = files.read_json(source) if source.is_file() and source != path else {"seconds": 0.0}
-        found["gpu_seconds"] += (record["seconds"] - shared["seconds"]) * record["processes"]
-        devices.add(record["device"])
         metrics = path.with_name("metrics.jsonl")
-        lines |= set(metrics.read_text().splitlines() if metrics.is_file() else [])
-    # the same line of two records is one measurement: what went on from weights has those made of them
-    found["evaluation_seconds"] = float(sum(json.loads(line).get("seconds") or 0 for line in sorted(lines)))
+        records.append((record, metrics.read_text().splitlines() if metrics.is_file() else []))
+    known: set[str] = set()
+    for record, lines in sorted(records, key=lambda each: each[0]["seconds"]):
+        # a line that a shorter record has too is of a training that both share, up to there
+        shared = [json.loads(line).get("training_seconds") or 0 for line in lines if line in known]
+        found["runs"] += 1
+        found["gpu_seconds"] += (record["seconds"] - max(shared, default=0)) * record["processes"]
+        new = [json.loads(line).get("seconds") or 0 for line in lines if line not in known]
+        found["evaluation_seconds"] += sum(new)
+        known |= set(lines)
+    devices = {record["device"] for record, _ in records}
     if not found["runs"]:
         raise ReproError(f"there are no recorded runs in {paper / 'runs'}")
     return {**found, "devices": ", ".join(sorted(devices))}

@@ -867,9 +867,9 @@ def _train(
         shorter = replace(recorded.config.train, images=run.train.images)
         runs.write_record(out, replace(recorded, config=replace(recorded.config, train=shorter)))
     measure, last = trainer.step in evaluations or trainer.stopped, trainer.step == total
-    measure = measure and source is None  # of a source's weights, its record has what was measured
+    measure = measure and not (source is not None and was_measured(source, run))
     if (measure or last) and not whole:  # killed between the state and the record
-        if measure and place.first:
+        if measure and place.first and source is None:
             keep_until(out / "metrics.jsonl", trainer.images - 1)
         report(measure, last or trainer.stopped)
     trainer.stopped = False
@@ -932,6 +932,14 @@ def _train(
         say(f"{run.name}: stopped in time at {trainer.images:,} images; the same command goes on")
     if place.world > 1:
         torch.distributed.barrier()
+
+
+def was_measured(source: runs.Run, run: config.Config) -> bool:
+    """Whether the record of a run has measurements of its final weights, and by the settings of `run`."""
+    settings = ("sample", "evaluate")
+    changed = {name for name in runs.differences(source.config, run) if name.startswith(settings)}
+    at_end = any(line["images"] == source.record.images for line in source.metrics)
+    return at_end and not changed - {"evaluate.at"}
 
 
 def agreed(mine: bool, place: Place) -> bool:

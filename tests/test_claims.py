@@ -373,12 +373,13 @@ def test_a_verdict_by_intervals_is_that_of_its_notebook(found):
 
 TURNED = {  # a value, and what it becomes: the other side of what is claimed
     "eq1_direction": ("sec1_pareto", "descent.0.levels_lowered", lambda x: x - 1),
-    "eq3_simplex": ("sec1_pareto", "eq_3.sum_apart_from_1", lambda x: 0.01),
+    "eq3_simplex": ("sec1_pareto", "eq_3.apart.sum_apart_from_1", lambda x: 0.01),
     "eq4_vertex": ("sec1_pareto", "eq_4.apart", lambda x: 1e-3),
-    "concave": ("sec1_pareto", "concave.apart.u", lambda x: -0.01),
+    "concave": ("sec1_pareto", "concave.in_u.min", lambda x: -0.01),
     "eq7_half": ("sec1_pareto", "eq_7.at_one_half", lambda x: 0.5),
     "v_and_x0": ("sec2_targets", "checked.3.v over x0", lambda x: x * 1.001),
     "vit_small_heads": ("table1_architectures", "vits.ViT-Small.heads_divide", lambda x: not x),
+    "like_dit": ("table1_architectures", "like_dit.same.width", lambda x: not x),
     "ablation_unet_flops": ("table1_architectures", "ablation_over_vit_base.flops", lambda x: [0.7, 0.9]),
     "one_fid_of_the_unet": ("table1_architectures", "paper.fid_in_section_3_1", lambda x: 2.14),
     "fig1_eps": (

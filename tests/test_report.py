@@ -75,14 +75,14 @@ def test_a_changed_value_and_a_changed_record_change_it(committed, paper):
     change(paper / "values/fig1_pixel_ablation.json", key, 9.99)
     changed = report.build(paper)[0]
     assert changed != committed
-    run = paper / "runs/lab/imagenet64-unet"
+    run = paper / "runs/lab/imagenet64-vit"
     lab = paper / "runs/lab"
     lab.unlink()
     lab.mkdir()
     for path in (PAPER / "runs/lab").iterdir():
         (lab / path.name).symlink_to(path)
     run.unlink()
-    shutil.copytree(PAPER / "runs/lab/imagenet64-unet", run)
+    shutil.copytree(PAPER / "runs/lab/imagenet64-vit", run)
     change(run / "run.json", "seconds", 123456.0)
     assert report.build(paper)[0] != changed
 
@@ -198,21 +198,26 @@ def test_it_never_calls_our_distance_an_fid():
         assert re.search(r"paper|measured|no FID|an FID|is recorded", sentence), sentence
 
 
-def test_a_training_that_two_records_share_counts_once(tmp_path):
-    """And so does what was measured in it: the second record went on from the first one's weights."""
-    first = {"name": "FD", "value": 2.0, "images": 10, "seconds": 5.0}
-    records = {
-        "one": ({"seconds": 100.0, "processes": 2, "device": "A", "from_run": None}, [first]),
-        "longer": (
-            {"seconds": 160.0, "processes": 2, "device": "A", "from_run": "lab/one"},
-            [first, first | {"images": 20, "seconds": 7.0}],
-        ),
-        "own": ({"seconds": 30.0, "processes": 1, "device": "B", "from_run": "lab/own"}, []),
+def test_a_training_that_records_share_counts_once(tmp_path):
+    """And so does what was measured in it: lines of a record that are another's too say what they share."""
+    lines = [
+        {"value": value, "images": 10 * value, "seconds": 5.0, "training_seconds": 50.0 * value}
+        for value in range(1, 5)
+    ]
+    records = {  # seconds, and lines: of one training recorded three times, and of another
+        "longest": (230.0, lines),
+        "whole": (100.0, lines[:2]),
+        "middle": (160.0, lines[:3]),
+        "other": (30.0, [lines[0] | {"value": 0.5}]),
     }
-    for name, (record, lines) in records.items():
+    for name, (seconds, of_it) in records.items():
         folder = tmp_path / "runs" / "lab" / name
         folder.mkdir(parents=True)
-        (folder / "run.json").write_text(json.dumps(record))
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    expected = {"runs": 3, "gpu_seconds": 350.0, "evaluation_seconds": 12.0, "devices": "A, B"}
-    assert report.totals(tmp_path) == expected
+        (folder / "run.json").write_text(json.dumps({"seconds": seconds, "processes": 2, "device": name[0]}))
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in of_it))
+    found = report.totals(tmp_path)
+    # the middle one has 60 after the 100 of the first, and the last 80 after the 150 of the third line
+    assert found == {
+        "runs": 4, "gpu_seconds": 2 * (30 + 100 + 60 + 80), "evaluation_seconds": 25.0,
+        "devices": "l, m, o, w",
+    }  # fmt: skip

@@ -1064,13 +1064,28 @@ def test_a_run_goes_on_from_its_recorded_weights_where_its_state_is_lost(home, m
 
 
 def test_what_was_measured_of_recorded_weights_is_kept_and_not_measured_again(home):
-    short = train.train(change(RUN, images=24), home / "short", "cpu", grid=(1, 1))
-    files.append_line(short / "metrics.jsonl", {"name": "by hand", "value": 1.5, "images": 24})
+    short = train.train(change(EVALUATED, images=24), home / "short", "cpu", grid=(1, 1))
+    assert runs.load_run(short).metrics[-1]["images"] == 24
     lines = (short / "metrics.jsonl").read_text()
-    longer = dataclasses.replace(RUN, evaluate=Evaluate(at=(24,), samples=4))
+    longer = dataclasses.replace(EVALUATED, evaluate=Evaluate(at=(18, 24), samples=4))
     folder = train.train(longer, home / "out", "cpu", grid=(1, 1), from_weights=short)
     found = (folder / "metrics.jsonl").read_text()
-    assert found.startswith(lines) and {m["images"] for m in runs.load_run(folder).metrics} == {24, 48}
+    assert found.startswith(lines)
+    assert {json.loads(line)["images"] for line in found[len(lines) :].splitlines()} == {48}
+
+
+def test_recorded_weights_are_measured_where_their_record_has_not_or_otherwise(home):
+    longer = dataclasses.replace(EVALUATED, evaluate=Evaluate(at=(24,), samples=4))
+    unmeasured = dataclasses.replace(change(RUN, images=24), data=EVALUATED.data)
+    fewer = dataclasses.replace(change(longer, images=24), evaluate=Evaluate(at=(24,), samples=3))
+    for name, run in (("unmeasured", unmeasured), ("fewer", fewer)):
+        short = train.train(run, home / name, "cpu", grid=(1, 1))
+        before = (short / "metrics.jsonl").read_text() if (short / "metrics.jsonl").exists() else ""
+        folder = train.train(longer, home / f"from-{name}", "cpu", grid=(1, 1), from_weights=short)
+        found = (folder / "metrics.jsonl").read_text()
+        assert found.startswith(before)
+        lines = [json.loads(line) for line in found[len(before) :].splitlines()]
+        assert {line["samples"] for line in lines if line["images"] == 24 and "samples" in line} == {4}
 
 
 def test_two_processes_go_on_from_recorded_weights_as_one_does(home):
