@@ -111,10 +111,10 @@ def append_line(path: str | Path, values: dict) -> None:
 
 
 def read_lines(path: str | Path) -> list[dict]:
-    """The JSON lines of a file, or none where it is missing.
+    """The JSON objects of a file, one a line, or none where it is missing.
 
     A last line without its newline was cut by a killed process and is left out; any other line that
-    is not JSON raises `ReproError` with its number.
+    is not JSON, or no object, raises `ReproError` with its number.
     """
     path = Path(path)
     if not path.exists():
@@ -127,6 +127,10 @@ def read_lines(path: str | Path) -> list[dict]:
             raise ReproError(
                 f"{path}, line {number}, is not JSON ({error}); restore the file from git."
             ) from error
+        if not isinstance(lines[-1], dict):
+            raise ReproError(
+                f"{path}, line {number}, is no record ({line[:40]!r}); restore the file from git."
+            )
     return lines
 
 

@@ -73,6 +73,8 @@ def test_a_run_is_whole_until_any_of_its_files_is_not(recorded):
     flip(recorded / "samples.png", at=5000)
     (recorded / WEIGHTS).unlink()
     assert told_of(recorded) == f"{WEIGHTS} is missing; samples.png is changed"
+    (recorded / "metrics.jsonl").write_text("{}\n3\n")
+    assert "metrics.jsonl, line 2, is no record" in told_of(recorded)
     (recorded / "metrics.jsonl").write_text('{}\n{"value": \n{}\n')
     assert "metrics.jsonl, line 2, is not JSON" in told_of(recorded)
     (recorded / "run.json").write_text("{")
