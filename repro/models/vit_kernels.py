@@ -28,9 +28,9 @@ NORM_PROGRAMS = 6
 """Of a gradient on each multiprocessor: each adds up what many rows give the parameters. As many run at once,
 at a width of 1152: with 64 threads of 168 registers."""
 GELU = dict(BLOCK=2048, num_warps=4)
-GELU_GRAD = dict(ROWS=4, COLUMNS=512, num_warps=8)
-GELU_PROGRAMS = 8
-"""Of its gradient on each multiprocessor."""
+GELU_GRAD = dict(ROWS=4, COLUMNS=512, STAGES=1, num_warps=4)
+GELU_PROGRAMS = 10
+"""Of its gradient on each multiprocessor, where as many run at once: with 128 threads of 48 registers."""
 
 
 @triton.jit
@@ -177,7 +177,7 @@ def _gelu_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
 @triton.jit
 def _gelu_grad_kernel(
     x_ptr, dy_ptr, dx_ptr, partial_ptr, rows, width,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Some columns of every so many-th tile of rows, and the sums of these columns."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -186,7 +186,7 @@ def _gelu_grad_kernel(
     tile_row = tl.arange(0, ROWS)
     own = tile_row[:, None] * width + c[None, :]
     wide = program.to(tl.int64) * 0  # addresses of 64 bits
-    for tile in range(program, tl.cdiv(rows, ROWS), programs):
+    for tile in tl.range(program, tl.cdiv(rows, ROWS), programs, num_stages=STAGES):
         start = (wide + tile * ROWS) * width
         mask = ((tile * ROWS + tile_row < rows)[:, None] & (c < width)[None, :]) | WHOLE
         x = tl.load(x_ptr + start + own, mask=mask, other=0.0).to(tl.float32)
