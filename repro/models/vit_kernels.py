@@ -22,14 +22,14 @@ from torch import Tensor
 from repro.models.norm_kernels import COMPILED, INTERPRETED
 
 HALF = (torch.bfloat16, torch.float16)
-NORM = dict(num_warps=2)
-NORM_GRAD = dict(STAGES=2, num_warps=2)
-NORM_PROGRAMS = 6
+NORM = dict(num_warps=4)
+NORM_GRAD = dict(STAGES=3, num_warps=4)
+NORM_PROGRAMS = 4
 """Of a gradient on each multiprocessor: each adds up what many rows give the parameters. As many run at once,
 at a width of 1152: with 64 threads of 168 registers."""
-GELU = dict(BLOCK=2048, num_warps=4)
-GELU_GRAD = dict(ROWS=4, COLUMNS=512, STAGES=1, num_warps=4)
-GELU_PROGRAMS = 10
+GELU = dict(BLOCK=1024, num_warps=4)
+GELU_GRAD = dict(ROWS=4, COLUMNS=512, num_warps=4, STAGES=1)
+GELU_PROGRAMS = 20
 """Of its gradient on each multiprocessor, where as many run at once: with 128 threads of 48 registers."""
 
 
