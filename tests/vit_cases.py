@@ -87,6 +87,19 @@ def gelu(rows, width):
     return errors((y, dx, sums.sum(0)), (of_x, gradient, gradient.sum((0, 1))))
 
 
+def all_of_gelu():
+    """The largest errors, in float32, of GELU and its slope at any float16: the former over |x| where that is
+    more than 1."""
+    bits = torch.arange(-(2**15), 2**15, device="cpu", dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.float16)
+    x = x[x.isfinite()].float().to(DEVICE)[None]
+    exact = x.double().requires_grad_()
+    of_x = F.gelu(exact)
+    (slope,) = torch.autograd.grad(of_x.sum(), exact)
+    y, (dx, _) = vit_kernels.gelu(x), vit_kernels.gelu_grad(x, torch.ones_like(x))
+    return [float(((y - of_x) / exact.abs().clamp(min=1)).abs().max()), float((dx - slope).abs().max())]
+
+
 def blocks(tokens, heads, d):
     """Two blocks, fused: their output, and all gradients, beside the same blocks in float64."""
     width = heads * d
@@ -125,9 +138,13 @@ cases |= {
     "other blocks": attention(2, 70, 2, 32),
     "other blocks, heads of 40": attention(1, 53, 2, 40),
     "sum and norm": add_norm(37, 96, True),
+    "sum and norm, one part": add_norm(3, 128, True),
+    "sum and norm, masked": add_norm(3, 200, True),
     "norm alone": add_norm(5, 200, False),
     "gelu": gelu(37, 96),
     "gelu, wide": gelu(3, 1300),
+    "gelu, whole tiles": gelu(6, 1024),
+    "gelu of all": all_of_gelu(),
     "blocks": blocks(19, 3, 16),
     "blocks, heads of 24": blocks(21, 2, 24),
 }
