@@ -315,7 +315,7 @@ def measure(name: str, only_compile: bool = False) -> dict:
 
     @torch.no_grad()
     def forward():
-        with torch.autocast("cuda", torch.bfloat16):
+        with sample.autocast("cuda", "bf16"):
             denoise(y, sigma, labels)
 
     began = time.perf_counter()
@@ -490,7 +490,7 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
 
     @torch.no_grad()
     def one_forward():
-        with torch.autocast("cuda", torch.bfloat16):
+        with sample.autocast("cuda", "bf16"):
             forward(x, sigma, labels)
 
     def images(count: int):

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from repro import classifier, config, cuda_graph, guidance, samplers, schedules
+from repro import classifier, config, cuda_graph, guidance, provenance, samplers, schedules
 from repro.denoiser import Denoiser
 from repro.files import ReproError
 
@@ -300,8 +300,18 @@ def autocast(device: str | torch.device, precision: str) -> torch.autocast:
     # Up to torch 2.11, what is cached of a compiled network says that it runs in half precision, but not in
     # which of the two: another process's bfloat16 would be taken for float16 (pytorch/pytorch, pull request
     # 181564).
-    torch.compiler.config.cache_key_tag = f"{os.environ.get('TORCH_COMPILE_CACHE_KEY_TAG', '')}{precision}"
+    told = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", ""), _operators(), precision
+    torch.compiler.config.cache_key_tag = "".join(told)
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+@lru_cache
+def _operators() -> str:
+    """Version of our own operators, of which torch's cache of compiled networks knows the names alone.
+
+    What it kept would fail, or be wrong, after a change of the shapes that they give.
+    """
+    return provenance.code_version("import repro.models.vit_kernels, repro.models.norm_kernels")
 
 
 def to_uint8(images: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:

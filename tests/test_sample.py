@@ -409,6 +409,18 @@ def test_what_is_cached_of_a_compiled_network_tells_its_precision():
     assert len(tags) == len(sample.AUTOCAST)
 
 
+def test_what_is_cached_of_a_compiled_network_tells_the_code_of_our_operators(monkeypatch):
+    """Else a cache from before an operator's output changed its shape would be used, and fail."""
+    tags = []
+    for version in ("before", "after", "after"):
+        monkeypatch.setattr(sample.provenance, "code_version", lambda source, version=version: version)
+        sample._operators.cache_clear()
+        with sample.autocast("cpu", "bf16"):
+            tags.append(torch.compiler.config.cache_key_tag)
+    sample._operators.cache_clear()
+    assert tags[0] != tags[1] == tags[2]
+
+
 def test_compiled_networks_draw_what_they_draw_uncompiled(monkeypatch, unchecked):
     """A recorded network and the classifier whose gradient guides it, traced as one graph each."""
     traced = []

@@ -25,12 +25,11 @@ HALF = (torch.bfloat16, torch.float16)
 NORM = dict(num_warps=4)
 NORM_GRAD = dict(STAGES=3, num_warps=4)
 NORM_PROGRAMS = 4
-"""Of a gradient on each multiprocessor: each adds up what many rows give the parameters. As many run at once,
-at a width of 1152: with 64 threads of 168 registers."""
+"""Of a gradient on each multiprocessor: each adds up what many rows give the parameters. All run at once."""
 GELU = dict(BLOCK=1024, num_warps=4)
-GELU_GRAD = dict(ROWS=4, COLUMNS=512, num_warps=4, STAGES=1)
+GELU_GRAD = dict(ROWS=4, COLUMNS=512, STAGES=1, num_warps=4)
 GELU_PROGRAMS = 20
-"""Of its gradient on each multiprocessor, where as many run at once: with 128 threads of 48 registers."""
+"""Of its gradient on each multiprocessor."""
 
 
 @triton.jit
