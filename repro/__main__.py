@@ -1,5 +1,5 @@
-"""Command line: prepare, train, train-all, sample, evaluate, gradients, encode, import, render, claims,
-trace, verify, cards, report, archive, site, presets.
+"""Command line: prepare, train, train-all, sample, evaluate, measure, gradients, encode, import, render,
+claims, trace, verify, cards, report, archive, site, presets.
 
 `train`, `sample` and `evaluate` are named what they work on first (a preset, or a recorded run), since
 the defaults of all their options come from it: `python -m repro train lab/celeba64-unet --help`.
@@ -8,7 +8,6 @@ the defaults of all their options come from it: `python -m repro train lab/celeb
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -364,19 +363,9 @@ def _sampler_settings(options: EvaluateOptions | SampleOptions, own: config.Samp
     """The samplers to measure: the run's own, the one given, or those that the file `settings` lists."""
     if options.settings is None:
         return [options.sample, *(options.evaluate.also if options.sample == own else ())]
-    try:
-        changes = json.loads(options.settings.read_text())
-    except (OSError, ValueError) as error:
-        raise ReproError(f"--settings {options.settings} cannot be read: {error}") from error
-    if not isinstance(changes, list) or not changes or not all(isinstance(each, dict) for each in changes):
-        raise ReproError(
-            f"{options.settings} must hold a list of samplers, such as "
-            f'[{{"steps": 18}}, {{"sampler": "ancestral", "eta": 1}}]'
-        )
-    given = config.sample_json(options.sample)
-    return [
-        config.sample_from_json(change if "sampler" in change else {**given, **change}) for change in changes
-    ]
+    from repro import sample as sampling
+
+    return sampling.read_settings(options.settings, options.sample)
 
 
 def _told(sample: dict) -> str:
@@ -384,6 +373,40 @@ def _told(sample: dict) -> str:
     default = config.sample_json(config.Sample())
     told = {key: value for key, value in sample.items() if value != default[key]}
     return ", ".join(f"{key} {value}" for key, value in {"steps": sample["steps"], **told}.items())
+
+
+def measure(
+    run: tyro.conf.Positional[str],
+    /,
+    few: int = 5_000,
+    many: int = 50_000,
+    blocks: int = 3,
+    dry_run: bool = False,
+    compile: bool = True,
+    device: Device = None,
+) -> None:
+    """Measure of a recorded run what Figures 10 and 11 and Sections 4.4 and 4.5 show, on all GPUs.
+
+    Guidance, churn and steps on other seeds, the best of them on the reported ones, samplers, blocks of
+    samples, precisions, rows of pictures. What is recorded is left out, so the same command goes on after a
+    stop.
+
+    Args:
+        run: The recorded run; it must know classes, and the null class.
+        few: Samples by each way of drawing.
+        many: Samples of a block.
+        blocks: Blocks of disjoint seeds.
+        dry_run: Only list what is missing (but, before the sweep is whole, not what its best is needed for).
+        compile: Compile networks; --no-compile is quicker for few samples.
+        device: By default all GPUs.
+    """
+    from repro import measure as measuring
+
+    sizes = measuring.Sizes(few=few, many=many, blocks=blocks)
+    if not dry_run:
+        measuring.measure(run, sizes, device, compile)
+        return
+    print("\n".join(measuring.tell(measuring.missing(run, sizes))) or f"nothing is missing of {run}")
 
 
 def gradients(
@@ -733,6 +756,7 @@ def main(arguments: list[str] | None = None) -> int:
                 "prepare": prepare,
                 **usages,
                 "train-all": train_all,
+                "measure": measure,
                 "gradients": gradients,
                 "encode": encode,
                 "import": import_,

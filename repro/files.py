@@ -96,13 +96,15 @@ def read_json(path: str | Path) -> dict:
 
 
 def append_line(path: str | Path, values: dict) -> None:
-    """Append `values` as one line of JSON; NaN is an error."""
+    """Append `values` as one line of JSON, whatever other processes append meanwhile; NaN is an error."""
     path = Path(path)
     line = json.dumps(values, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
-        with open(path, "ab") as file:
+        with open(path, "a+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            file.seek(0)
+            whole = file.read().rpartition(b"\n")
             if whole[2]:  # a killed process cut its last line
                 file.truncate(len(whole[0]) + len(whole[1]))
             file.write(line.encode())

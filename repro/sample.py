@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from operator import attrgetter
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
@@ -90,6 +92,26 @@ def _forget_threads() -> None:
 
 
 os.register_at_fork(after_in_child=_forget_threads)
+
+
+def read_settings(path: Path, own: config.Sample) -> list[config.Sample]:
+    """The samplers that a JSON file lists; what does not name a sampler changes `own`.
+
+    Raises `ReproError` where the file cannot be read or holds no list of samplers.
+    """
+    try:
+        changes = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ReproError(f"the samplers of {path} cannot be read: {error}") from error
+    if not isinstance(changes, list) or not changes or not all(isinstance(each, dict) for each in changes):
+        raise ReproError(
+            f"{path} must hold a list of samplers, such as "
+            f'[{{"steps": 18}}, {{"sampler": "ancestral", "eta": 1}}]'
+        )
+    given = config.sample_json(own)
+    return [
+        config.sample_from_json(change if "sampler" in change else {**given, **change}) for change in changes
+    ]
 
 
 def labels_for(seeds: Sequence[int], classes: int) -> Int[Tensor, " n"]:

@@ -839,7 +839,7 @@ def test_each_protocol_has_its_features_and_number_of_samples(edm, monkeypatch):
             ["--evaluate.features", "efficientnet_lite0"],
             "protocol edm measures on Inception as it resizes images itself, not on efficientnet_lite0",
         ),
-        (["--settings", "/nowhere.json"], "--settings /nowhere.json cannot be read"),
+        (["--settings", "/nowhere.json"], "the samplers of /nowhere.json cannot be read"),
         (["--protocol", "clean", "--reference", "x.npz"], "--reference is an option of --protocol edm"),
         (["--reference", "x.npz"], "there is no file x.npz"),
     ],

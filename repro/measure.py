@@ -1,0 +1,260 @@
+"""Measure of a recorded run all that Figures 10 and 11 and Sections 4.4 and 4.5 show of the flagships.
+
+    python -m repro measure lab/imagenet64-vit --dry-run
+    python -m repro measure lab/imagenet64-vit
+
+Each piece of work is a command of its own, `evaluate` or `sample --record`, and each GPU does one after the
+other. What the record has is left out, so that a measurement that was stopped goes on:
+
+- a sweep of guidance, steps and churn, on seeds that no reported number is of;
+- its best on the reported seeds, and rows of pictures: by it, without guidance, and without churn;
+- samplers over their evaluations, and rows of pictures by some of them;
+- blocks of samples on disjoint seeds, with the first precision, recall and nearest training images;
+- other precisions, on the sweep's seeds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from repro import config, evaluate, files, provenance, runs, sample, schedules
+from repro.files import ReproError
+
+SWEEPS = provenance.ROOT / "paper" / "sweeps"
+"""Lists of samplers, as `evaluate --settings` takes them."""
+
+ELSEWHERE = 3_000_000
+"""The sweep's first seed, beyond all reported ones."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is drawn."""
+
+    few: int = 5_000
+    """Samples by each way of a sweep, and by each sampler."""
+    many: int = 50_000
+    """Samples of a block."""
+    blocks: int = 3
+    pictures: int = 12
+    """In a row that shows guidance."""
+    pictures_by_sampler: int = 8
+
+
+@dataclass(frozen=True)
+class Work:
+    """One command: its arguments, without the samplers, which it reads from a file."""
+
+    command: str
+    told: str
+    arguments: tuple[str, ...]
+    settings: tuple[config.Sample, ...]
+    passes: int
+    """Of one image through the network: what the time goes with."""
+
+
+def listed(name: str, own: config.Sample) -> list[config.Sample]:
+    """The samplers of one file of paper/sweeps; what does not name a sampler changes the run's `own`."""
+    return sample.read_settings(SWEEPS / f"{name}.json", own)
+
+
+def sweep(run: runs.Run) -> list[config.Sample]:
+    """The ways of drawing of which the best is chosen, each once."""
+    ways = [how for name in ("imagenet64-guidance", "imagenet64-churn") for how in listed(name, run.sample)]
+    return list(dict.fromkeys(ways))
+
+
+def best(run: runs.Run, sizes: Sizes = Sizes()) -> config.Sample:
+    """The way of the sweep with the least distance; raises `ReproError` where some are not measured yet."""
+    found = {}
+    for how in sweep(run):
+        lines = _lines(run, how, sizes.few, ELSEWHERE, run.config.train.precision)
+        if not lines:
+            raise ReproError(f"{run.name} lacks a distance of the sweep: measure it first")
+        found[how] = lines[-1]["value"]
+    return min(found, key=found.get)
+
+
+def _lines(run: runs.Run, how: config.Sample, samples: int, first: int, precision: str) -> list[dict]:
+    """Recorded distances of the final weights, so drawn."""
+    title = evaluate.title(evaluate.PROTOCOLS[run.config.evaluate.features])
+    wanted = (title, run.record.images, samples, first, precision, None)
+    keys = ("name", "images", "samples", "first_seed", "precision", "ema_halflife_images")
+    return [
+        line
+        for line in run.metrics
+        if tuple(map(line.get, keys)) == wanted and config.sample_from_json(line["sample"]) == how
+    ]
+
+
+def _passes(run: runs.Run, how: config.Sample) -> int:
+    """Of the network, for one image."""
+    levels = len(schedules.grid_for(schedules.from_config(run.config.schedule), how)) - 1
+    return sample.evaluations(how, levels) * (2 if how.guidance != 1 else 1)
+
+
+def first_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 4) -> list[Work]:
+    """What is missing of the sweep, in so many parts."""
+    return _shared(run, "sweep", sweep(run), sizes.few, ELSEWHERE, parts)
+
+
+def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[list[Work]]:
+    """What is missing of the rest; work of one list is done in its order.
+
+    Raises `ReproError` where the sweep is not whole.
+    """
+    own, first = run.sample, run.config.evaluate.first_seed
+    chosen, ten = best(run, sizes), run.config.evaluate.samples
+    work = _shared(run, "samplers", listed("imagenet64-samplers", own), sizes.few, first, parts)
+    for block in range(sizes.blocks):
+        seed, further = first + block * sizes.many, ()
+        lines = _lines(run, own, sizes.many, seed, run.config.train.precision)
+        if block == 0:
+            further = ("--neighbours", "--precision-recall")
+            beside = {each["name"].split()[0] for line in lines for each in run.of_the_same_samples(line)}
+            lines = lines if {"nearest", "precision", "recall"} <= beside else []
+        if not lines:
+            work.append(_evaluate(run, f"block {block}", [own], sizes.many, seed, further))
+    for precision in ("fp32", "fp16"):
+        if not _lines(run, own, sizes.few, ELSEWHERE, precision):
+            further = ("--precision", precision)
+            work.append(_evaluate(run, precision, [own], sizes.few, ELSEWHERE, further))
+    pictures = []
+    if not _lines(run, chosen, ten, first, run.config.train.precision):
+        pictures.append(_evaluate(run, "the sweep's best", [chosen], ten, first))
+    shown = [replace(chosen, guidance=1.0, churn=0.0), chosen, replace(chosen, churn=0.0)]
+    rows = (
+        ("guidance", list(dict.fromkeys(shown)), sizes.pictures),
+        ("samplers", listed("imagenet64-pictures", own), sizes.pictures_by_sampler),
+    )
+    for told, ways, columns in rows:
+        drawn = [taken.sample for taken in run.record.further_samples if taken.cols >= columns]
+        if left := [how for how in ways if how not in drawn]:
+            arguments = ("--record", "--seeds", "0", str(columns))
+            passes = columns * sum(_passes(run, how) for how in left)
+            pictures.append(Work("sample", f"pictures by {told}", arguments, tuple(left), passes))
+    whole = [[one] for one in work] + ([pictures] if pictures else [])
+    return sorted(whole, key=lambda works: -sum(one.passes for one in works))
+
+
+def _evaluate(
+    run: runs.Run,
+    told: str,
+    ways: Sequence[config.Sample],
+    samples: int,
+    first: int,
+    further: tuple[str, ...] = (),
+) -> Work:
+    arguments = ("--evaluate.samples", str(samples), "--evaluate.first-seed", str(first), *further)
+    return Work("evaluate", told, arguments, tuple(ways), samples * sum(_passes(run, how) for how in ways))
+
+
+def _shared(
+    run: runs.Run, told: str, ways: Iterable[config.Sample], samples: int, first: int, parts: int
+) -> list[Work]:
+    """Those of `ways` that are not measured, in parts of about as many passes, the longest first."""
+    precision = run.config.train.precision
+    left = [how for how in dict.fromkeys(ways) if not _lines(run, how, samples, first, precision)]
+    groups: list[list[config.Sample]] = [[] for _ in range(min(parts, len(left)))]
+    for how in sorted(left, key=lambda how: -_passes(run, how)):
+        min(groups, key=lambda group: sum(_passes(run, each) for each in group)).append(how)
+    work = [_evaluate(run, f"{told} {n}", group, samples, first) for n, group in enumerate(groups, 1)]
+    return sorted(work, key=lambda one: -one.passes)
+
+
+def load(name: str) -> runs.Run:
+    """The recorded run; raises `ReproError` where it has no weights, or does not know the null class."""
+    run = runs.load_run(name)
+    if not (run.config.data.classes and getattr(run.config.model, "null_class", False)):
+        raise ReproError(f"{name} knows no null class, so it has no guidance to measure; use evaluate")
+    if not run.record.weights:
+        raise ReproError(f"{name} is recorded without weights, so nothing can be drawn")
+    return run
+
+
+def missing(name: str, sizes: Sizes = Sizes()) -> list[Work]:
+    """What `measure` would do; where the sweep is not whole, that alone, as its best is not known.
+
+    Raises what `load` does.
+    """
+    run = load(name)
+    return first_part(run, sizes) or [one for works in second_part(run, sizes) for one in works]
+
+
+def tell(works: Iterable[Work]) -> list[str]:
+    """A line of each: how many samplers, and thousands of passes through the network."""
+    return [
+        f"{one.told}: {len(one.settings)} sampler{'s' * (len(one.settings) > 1)}, "
+        f"{math.ceil(one.passes / 1000):,} thousand passes ({one.command} {' '.join(one.arguments)})"
+        for one in works
+    ]
+
+
+def measure(name: str, sizes: Sizes = Sizes(), device: str | None = None, compile: bool = True) -> None:
+    """Do all that is missing of the recorded run `name`, on all GPUs; one line of each piece, when done.
+
+    device: "cpu" to do without a GPU. compile: compile networks, which is worth it for thousands of images.
+
+    Raises what `load` does, and `ReproError` where another process measures it, and in the end, naming their
+    logs, where commands failed; what others measured is recorded then.
+    """
+    run = load(name)
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    places = [str(gpu) for gpu in range(gpus)] or [""]
+    logs = Path(tempfile.mkdtemp(prefix="measure-"))
+    with files.lock(run.path):
+        _work_off([[one] for one in first_part(run, sizes, max(4, gpus))], run, places, logs, compile)
+        run = load(name)  # with what was measured
+        _work_off(second_part(run, sizes, 2 * max(4, gpus)), run, places, logs, compile)
+
+
+def _work_off(works: list[list[Work]], run: runs.Run, places: list[str], logs: Path, compile: bool) -> None:
+    """Run the commands, each on a GPU that is free."""
+    free: SimpleQueue[str] = SimpleQueue()
+    for place in places:
+        free.put(place)
+
+    def one_after_the_other(works: list[Work]) -> list[str]:
+        place, failed = free.get(), []
+        try:
+            for one in works:
+                began = time.perf_counter()
+                if log := _run(one, run, place, logs, compile):
+                    failed.append(f"{one.told} ({log})")
+                    break
+                print(f"{one.told}: {time.perf_counter() - began:.0f} s", flush=True)
+        finally:
+            free.put(place)
+        return failed
+
+    with ThreadPoolExecutor(len(places)) as pool:
+        failed = [each for some in pool.map(one_after_the_other, works) for each in some]
+    if failed:
+        raise ReproError(f"{len(failed)} commands failed: {'; '.join(failed)}. The same command goes on.")
+
+
+def _run(one: Work, run: runs.Run, place: str, logs: Path, compile: bool) -> Path | None:
+    """Run one command on the GPU `place` ("" for none); the path of its log where it failed."""
+    stem = one.told.replace(" ", "-").replace("'", "")
+    settings, log = logs / f"{stem}.json", logs / f"{stem}.txt"
+    settings.write_text(json.dumps([config.sample_json(how) for how in one.settings]))
+    command = [sys.executable, "-m", "repro", one.command, str(run.path), *one.arguments]
+    command += ["--settings", str(settings), *([] if place else ["--device", "cpu"])]
+    command += ["--compile"] * (compile and one.command == "evaluate")
+    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place} if place else {})
+    with open(log, "w") as file:
+        ended = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    return log if ended.returncode else None
