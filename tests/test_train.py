@@ -886,14 +886,14 @@ def test_before_it_learns_the_loss_of_edm_is_what_theory_says():
     min(1, gamma sigma^2), for normal ln sigma: P(sigma > a) + gamma E[sigma^2; sigma < a], a = gamma^(-1/2).
     """
     y, noise = (
-        torch.tensor(signs, dtype=torch.float32).view(1, 1, 2, 2).tile(400, 3, 32, 32)
+        torch.tensor(signs, dtype=torch.float32).view(1, 1, 2, 2).tile(400, 3, 8, 8)
         for signs in ([0.5, 0.5, -0.5, -0.5], [1, -1, 1, -1])
     )
     uniform, edm = (torch.arange(400) + 0.5) / 400, config.Schedule("edm")
     for gamma in (None, 1.0, 5.0, 20.0):
         run = dataclasses.replace(
-            RUN, model=UNET, schedule=edm, parameterization="edm", weight=config.Weight("edm"),
-            min_snr_factor=gamma,
+            RUN, data=Data("drawn", resolution=16), model=UNET, schedule=edm, parameterization="edm",
+            weight=config.Weight("edm"), min_snr_factor=gamma,
         )  # fmt: skip
         trainer = train.Trainer(run, CPU)
         with torch.no_grad():
