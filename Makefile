@@ -15,6 +15,8 @@ FIGURES := $(shell sed -n 's/^\[\([A-Za-z0-9_-]*\)\].*/\1/p' paper/figures.toml 
 # uv fills .venv, whatever environment is active outside, and with the build of torch asked for here.
 export UV_PYTHON := .venv/bin/python
 unexport UV_TORCH_BACKEND
+# Bytecode is kept, also where Python is told elsewhere to write none: or each process compiles torch's modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 ifneq ($(TORCH),default)
 export UV_FIND_LINKS ?= $(shell echo "$$PIP_FIND_LINKS" | tr -s ' ' ,)
 endif

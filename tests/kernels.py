@@ -19,3 +19,23 @@ def of_kernels(script: str) -> dict:
     process = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def patch_once() -> None:
+    """In a process of Triton's interpreter: give device functions the interpreted language once a launch.
+
+    The interpreter puts it in the language's place at a launch, and again at each call of a device function,
+    which takes a third of the time. But a module's own `tl` has it since the launch, and Triton's own modules
+    of device functions, given it once, keep it.
+    """
+    from triton.runtime import interpreter
+
+    given = set()
+
+    def call(function, *arguments, **options):
+        if id(names := function.fn.__globals__) not in given:
+            interpreter._patch_lang(function.fn)
+            given.add(id(names))
+        return function.rewrite()(*arguments, **options)
+
+    interpreter.InterpretedFunction.__call__ = call

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from kernels import patch_once
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -22,6 +23,8 @@ from repro.models.norm import GroupNorm
 from repro.models.unet import ADMUNet, Map, ResidualBlock
 
 torch.set_default_device("cpu" if norm_kernels.INTERPRETED else "cuda")
+if norm_kernels.INTERPRETED:
+    patch_once()
 
 
 def draw(*shape, seed):

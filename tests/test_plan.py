@@ -119,15 +119,15 @@ def test_what_is_kept_is_what_a_real_forward_pass_keeps(precision):
 
 def test_measured_peaks_of_memory_lie_below_the_plan():
     """Compiled on a GPU, all that the UNets of paper/bench took was about half of the estimate."""
-    lab = presets.preset("lab/celeba64-unet")
+    lab, planned = presets.preset("lab/celeba64-unet"), {}
     for name in ("unet64.json", "unet64-10-plans.json"):
         measured = json.loads((provenance.ROOT / "paper" / "bench" / name).read_text())["variants"]
         for variant in measured:
-            model = bench.VARIANTS[variant["name"]].model
-            run = change(dataclasses.replace(lab, model=model), batch=variant["batch"])
-            found = plan.plan(run)
-            whole = (found.kept + sum(found.state.values())) / 2**30
-            assert 0.4 < variant["gpu_memory_gib"] / whole < 0.7
+            model, batch = bench.VARIANTS[variant["name"]].model, variant["batch"]
+            if (model, batch) not in planned:  # the same ones are in both files
+                found = plan.plan(change(dataclasses.replace(lab, model=model), batch=batch))
+                planned[model, batch] = (found.kept + sum(found.state.values())) / 2**30
+            assert 0.4 < variant["gpu_memory_gib"] / planned[model, batch] < 0.7
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from kernels import patch_once
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -20,6 +21,8 @@ from repro.models.vit import Block
 
 DEVICE = "cpu" if vit_kernels.INTERPRETED else "cuda"
 torch.set_default_device(DEVICE)
+if vit_kernels.INTERPRETED:
+    patch_once()
 
 
 def draw(*shape, seed, dtype=torch.float16, scale=1.0):
