@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
 from repro import files
@@ -48,7 +49,7 @@ def forget() -> None:
 def modules_of(source: str) -> set[str]:
     """Names of the `repro` modules that `source` imports, directly or through others."""
     found: set[str] = set()
-    waiting = _imports(source)
+    waiting = set(_imports(source))
     while waiting:
         name = waiting.pop()
         path = module_path(name)
@@ -68,7 +69,9 @@ def module_path(name: str) -> Path | None:
     return None
 
 
-def _imports(source: str) -> set[str]:
+@cache
+def _imports(source: str) -> frozenset[str]:
+    """Names that a source text imports from `repro`; kept, since every record looks at the same modules."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -76,7 +79,7 @@ def _imports(source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module)
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in names if name == "repro" or name.startswith("repro.")}
+    return frozenset(name for name in names if name == "repro" or name.startswith("repro."))
 
 
 def code_version(source: str = "import repro") -> str:

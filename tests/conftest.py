@@ -1,6 +1,5 @@
 """What every test shares: checked shapes, one thread, and the folder of real images."""
 
-import functools
 from pathlib import Path
 
 import jaxtyping
@@ -15,13 +14,7 @@ jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 import torch  # noqa: E402
 
-from repro import provenance  # noqa: E402
-
 torch.set_num_threads(1)
-
-# What a source text imports does not change: modules are read and hashed for each record, but parsed once.
-IMPORTS = functools.cache(provenance._imports)
-provenance._imports = lambda source: set(IMPORTS(source))
 
 
 @pytest.fixture
