@@ -22,9 +22,13 @@ pytestmark = pytest.mark.timeout(900)  # the first test renders every output, be
 
 
 @pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    """A folder into which every output of paper/figures.toml was rendered anew."""
-    out = tmp_path_factory.mktemp("paper")
+def drawn(tmp_path_factory, worker_id):
+    """A folder into which every output of paper/figures.toml was rendered anew, once for all workers.
+
+    A worker that takes over a test of these from another finds each output up to date, or waits for it.
+    """
+    alone, base = worker_id == "master", tmp_path_factory.getbasetemp()
+    out = tmp_path_factory.mktemp("paper") if alone else base.parent / "drawn"
     for id in render.ids():
         # of the faces no sample is drawn again here: 250 steps take as long as all that other notebooks do
         render.render(id, out=out, overrides={"recompute": 0} if id == ID else None)
