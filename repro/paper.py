@@ -325,7 +325,10 @@ def save_table(
         label=f"tab:{id}",
     )
     paths = [_path("tables", id, suffix) for suffix in (".csv", ".md", ".tex")]
-    files.write_atomic(paths[0], frame.to_csv(index=False, float_format=f"%.{DIGITS}g", lineterminator="\n"))
+    rounded = frame.astype(object).map(  # floats of a column of objects, too
+        lambda value: f"{value:.{DIGITS}g}" if isinstance(value, float) and value == value else value
+    )
+    files.write_atomic(paths[0], rounded.to_csv(index=False, lineterminator="\n"))
     files.write_atomic(paths[1], "\n".join(md) + "\n")
     files.write_atomic(paths[2], f"% repro: {record}\n{tex}")
     return paths

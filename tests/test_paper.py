@@ -162,6 +162,13 @@ def test_values_that_are_no_values_are_named(scratch, values, message):
     assert not (scratch / "out" / "values" / "bad.json").exists()
 
 
+def test_the_csv_rounds_numbers_of_a_column_with_text_too(scratch):
+    """Else digits that are rounding, and so another processor's, would be kept."""
+    frame = pandas.DataFrame({"at least": [0.99999999999999, None, "unbounded", 3]}, dtype=object)
+    csv, _, _ = paper.save_table("t", frame, "Least.")
+    assert csv.read_text() == 'at least\n1\n""\nunbounded\n3\n'
+
+
 def test_tables_in_three_formats(scratch):
     frame = pandas.DataFrame(
         {"run_name": ["a|b", "50% & up"], "FD": [7.123456789, None], "paper FID": [1.6, 2.28]},
