@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 PARTIAL = ".partial."
 """How the names of files begin that are still being written."""
@@ -137,11 +138,12 @@ def read_lines(path: str | Path) -> list[dict]:
 
 
 @contextmanager
-def lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
+def lock(folder: str | Path, wait: bool = False) -> Iterator[IO]:
     """Make `folder` where it is missing, and keep other processes from working in it meanwhile.
 
-    wait: until no other process works in it. Raises `Busy`, a `ReproError`, where one does otherwise, and
-    `ReproError` where it cannot be written to.
+    Gives the file that is locked, for child processes that are to keep it so. wait: until no other process
+    works in it. Raises `Busy`, a `ReproError`, where one does otherwise, and `ReproError` where it cannot be
+    written to.
     """
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -155,4 +157,4 @@ def lock(folder: str | Path, wait: bool = False) -> Iterator[None]:
             raise Busy(
                 f"another process is working in {folder}; wait for it, or choose another folder"
             ) from error
-        yield
+        yield file

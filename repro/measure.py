@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
+from typing import IO
 
 import torch
 
@@ -37,12 +39,12 @@ SWEEPS = provenance.ROOT / "paper" / "sweeps"
 """Lists of samplers, as `evaluate --settings` takes them."""
 
 ELSEWHERE = 3_000_000
-"""The sweep's first seed, beyond all reported ones."""
+"""The sweep's first seed, beyond those of samplers and blocks."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn."""
+    """How much is drawn; raises `ReproError` for what cannot be measured."""
 
     few: int = 5_000
     """Samples by each way of a sweep, and by each sampler."""
@@ -52,6 +54,10 @@ class Sizes:
     pictures: int = 12
     """In a row that shows guidance."""
     pictures_by_sampler: int = 8
+
+    def __post_init__(self):
+        if min(self.few, self.many) < 2 or self.blocks < 1:
+            raise ReproError("measure needs 2 samples or more each time (few, many), and 1 block or more")
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,22 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
     """
     own, first = run.sample, run.config.evaluate.first_seed
     chosen, ten = best(run, sizes), run.config.evaluate.samples
+    if first < ELSEWHERE < first + sizes.blocks * sizes.many:
+        raise ReproError(
+            f"{sizes.blocks} blocks of {sizes.many:,} samples would reach the sweep's seeds, from "
+            f"{ELSEWHERE:,} on; take fewer"
+        )
     work = _shared(run, "samplers", listed("imagenet64-samplers", own), sizes.few, first, parts)
     for block in range(sizes.blocks):
         seed, further = first + block * sizes.many, ()
         lines = _lines(run, own, sizes.many, seed, run.config.train.precision)
         if block == 0:
             further = ("--neighbours", "--precision-recall")
-            beside = {each["name"].split()[0] for line in lines for each in run.of_the_same_samples(line)}
-            lines = lines if {"nearest", "precision", "recall"} <= beside else []
+            beside = [each for line in lines for each in run.of_the_same_samples(line)]
+            # training measures the nearest images too, of fewer samples
+            whole = [each for each in beside if each["samples"] == sizes.many or "k" in each]
+            named = {each["name"].split()[0] for each in whole}
+            lines = lines if {"nearest", "precision", "recall"} <= named else []
         if not lines:
             work.append(_evaluate(run, f"block {block}", [own], sizes.many, seed, further))
     for precision in ("fp32", "fp16"):
@@ -140,9 +154,10 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
         ("guidance", list(dict.fromkeys(shown)), sizes.pictures),
         ("samplers", listed("imagenet64-pictures", own), sizes.pictures_by_sampler),
     )
+    drawn = {taken.sample: taken.cols for taken in run.record.further_samples}
     for told, ways, columns in rows:
-        drawn = [taken.sample for taken in run.record.further_samples if taken.cols >= columns]
-        if left := [how for how in ways if how not in drawn]:
+        if left := [how for how in ways if drawn.get(how, 0) < columns]:
+            drawn |= dict.fromkeys(left, columns)  # a way has one row: the longer one, which is drawn first
             arguments = ("--record", "--seeds", "0", str(columns))
             passes = columns * sum(_passes(run, how) for how in left)
             pictures.append(Work("sample", f"pictures by {told}", arguments, tuple(left), passes))
@@ -176,8 +191,14 @@ def _shared(
 
 
 def load(name: str) -> runs.Run:
-    """The recorded run; raises `ReproError` where it has no weights, or does not know the null class."""
+    """The recorded run.
+
+    Raises `ReproError` where it has no weights, does not know the null class, or draws latents, which some of
+    the samplers cannot.
+    """
     run = runs.load_run(name)
+    if run.config.data.autoencoder:
+        raise ReproError(f"{name} draws latents, which have no range to clip to as samplers here do")
     if not (run.config.data.classes and getattr(run.config.model, "null_class", False)):
         raise ReproError(f"{name} knows no null class, so it has no guidance to measure; use evaluate")
     if not run.record.weights:
@@ -204,57 +225,79 @@ def tell(works: Iterable[Work]) -> list[str]:
 
 
 def measure(name: str, sizes: Sizes = Sizes(), device: str | None = None, compile: bool = True) -> None:
-    """Do all that is missing of the recorded run `name`, on all GPUs; one line of each piece, when done.
+    """Do all that is missing of the recorded run `name`; one line of each piece, when done.
 
-    device: "cpu" to do without a GPU. compile: compile networks, which is worth it for thousands of images.
+    device: by default all GPUs; else the one to use, or "cpu". compile: compile networks, which is worth it
+    for thousands of images.
 
-    Raises what `load` does, and `ReproError` where another process measures it, and in the end, naming their
-    logs, where commands failed; what others measured is recorded then.
+    Raises what `load` does, and `ReproError` without a GPU unless `device` is "cpu", under `torchrun`, where
+    commands of an earlier call still run, and in the end, naming logs, where commands failed; what others
+    measured is recorded then.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ReproError("measure shares its work out among GPUs by itself: start it without torchrun")
+    if device is None and not torch.cuda.is_available():
+        raise ReproError(
+            "torch sees no GPU, and without one this takes days; --device cpu does it all the same"
+        )
     run = load(name)
-    gpus = 0 if device == "cpu" else torch.cuda.device_count()
-    places = [str(gpu) for gpu in range(gpus)] or [""]
-    logs = Path(tempfile.mkdtemp(prefix="measure-"))
-    with files.lock(run.path):
-        _work_off([[one] for one in first_part(run, sizes, max(4, gpus))], run, places, logs, compile)
+    gpus = range(torch.cuda.device_count())
+    devices = [device] if device else [f"cuda:{gpu}" for gpu in gpus]
+    with files.lock(run.path) as lock:
+        logs = _logs()
+        print(f"what the commands say: {logs}", flush=True)
+        how = {"devices": devices, "logs": logs, "lock": lock, "compile": compile}
+        _work_off([[one] for one in first_part(run, sizes, max(4, len(gpus)))], run, **how)
         run = load(name)  # with what was measured
-        _work_off(second_part(run, sizes, 2 * max(4, gpus)), run, places, logs, compile)
+        _work_off(second_part(run, sizes, 2 * max(4, len(gpus))), run, **how)
+        shutil.rmtree(logs, ignore_errors=True)
 
 
-def _work_off(works: list[list[Work]], run: runs.Run, places: list[str], logs: Path, compile: bool) -> None:
-    """Run the commands, each on a GPU that is free."""
+def _logs() -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix="measure-"))
+    except OSError as error:
+        raise ReproError(f"cannot make a folder for logs: {error}") from error
+
+
+def _work_off(
+    works: list[list[Work]], run: runs.Run, devices: list[str], logs: Path, lock: IO, compile: bool
+) -> None:
+    """Run the commands, each on a device that is free."""
     free: SimpleQueue[str] = SimpleQueue()
-    for place in places:
-        free.put(place)
+    for device in devices:
+        free.put(device)
 
     def one_after_the_other(works: list[Work]) -> list[str]:
-        place, failed = free.get(), []
+        device = free.get()
         try:
             for one in works:
                 began = time.perf_counter()
-                if log := _run(one, run, place, logs, compile):
-                    failed.append(f"{one.told} ({log})")
-                    break
+                log = logs / f"{one.told.replace(' ', '-').replace(chr(39), '')}.txt"
+                try:
+                    well = _run(one, run, device, log, lock, compile)
+                except OSError as error:  # a full disk, say
+                    return [f"{one.told} ({error})"]
+                if not well:
+                    return [f"{one.told} ({log})"]
                 print(f"{one.told}: {time.perf_counter() - began:.0f} s", flush=True)
+            return []
         finally:
-            free.put(place)
-        return failed
+            free.put(device)
 
-    with ThreadPoolExecutor(len(places)) as pool:
+    with ThreadPoolExecutor(len(devices)) as pool:
         failed = [each for some in pool.map(one_after_the_other, works) for each in some]
     if failed:
-        raise ReproError(f"{len(failed)} commands failed: {'; '.join(failed)}. The same command goes on.")
+        raise ReproError(f"commands failed: {'; '.join(failed)}. Mend that, and the same command goes on.")
 
 
-def _run(one: Work, run: runs.Run, place: str, logs: Path, compile: bool) -> Path | None:
-    """Run one command on the GPU `place` ("" for none); the path of its log where it failed."""
-    stem = one.told.replace(" ", "-").replace("'", "")
-    settings, log = logs / f"{stem}.json", logs / f"{stem}.txt"
+def _run(one: Work, run: runs.Run, device: str, log: Path, lock: IO, compile: bool) -> bool:
+    """Run one command, which keeps the record's lock should this process be killed; whether it went well."""
+    settings = log.with_suffix(".json")
     settings.write_text(json.dumps([config.sample_json(how) for how in one.settings]))
     command = [sys.executable, "-m", "repro", one.command, str(run.path), *one.arguments]
-    command += ["--settings", str(settings), *([] if place else ["--device", "cpu"])]
+    command += ["--settings", str(settings), "--device", device]
     command += ["--compile"] * (compile and one.command == "evaluate")
-    environment = os.environ | ({"CUDA_VISIBLE_DEVICES": place} if place else {})
     with open(log, "w") as file:
-        ended = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
-    return log if ended.returncode else None
+        ended = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, pass_fds=(lock.fileno(),))
+    return ended.returncode == 0

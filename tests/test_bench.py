@@ -182,14 +182,12 @@ def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says
     by_name = {variant["name"]: variant for variant in (*VITS["variants"], *ADM["variants"])}
     assert set(by_name) == {name for name, variant in bench.VARIANTS.items() if variant.data is not None}
     assert by_name["ViT-B/2"]["train_images_per_second"] >= 3000
-    assert by_name["ViT-XL/2"]["train_images_per_second"] >= 600
+    assert by_name["ViT-XL/2"]["train_images_per_second"] >= 650
     assert by_name["ADM-64"]["train_images_per_second"] >= 490
     assert by_name["ADM-64"]["forwards_per_second"] >= 1700
     assert by_name["ADM-64"]["forwards_per_second"] >= 3 * others["adm_64"]["forwards_per_second"]
     for name, key in (("ViT-B/2", "vit_b_2"), ("ViT-XL/2", "vit_xl_2")):
         assert by_name[name]["forwards_per_second"] < 3 * others[key]["forwards_per_second"]
-    aim = others["aims"]["vit_xl_2_train_images_per_second"]
-    assert by_name["ViT-XL/2"]["train_images_per_second"] < aim
     assert [variant["name"] for variant in before["variants"]] == ["ViT-B/2", "ViT-XL/2"]
     assert before["device"] == VITS["device"] == others["device"]
     assert {file["device"] for file in (VITS, ADM, DISK)} == {"NVIDIA H200"}

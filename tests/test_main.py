@@ -479,8 +479,10 @@ def test_a_misspelt_option_names_the_near_ones(capsys, trained):
     assert "Perhaps you meant: --train.images INT" in text
     assert "Perhaps you meant: --neighbours" in exits(capsys, "evaluate", NAME, "--neighbors")
     assert "Unrecognized options: trian" in exits(capsys, "trian", NAME)
-    commands = "prepare, train, sample, evaluate, train-all, gradients, encode, import, render, claims, trace"
-    assert f"{commands}, verify, cards, report, archive, site, presets" in exits(capsys, "trian", NAME)
+    commands = (
+        "prepare, train, sample, evaluate, train-all, measure, gradients, encode, import, render, claims"
+    )
+    assert f"{commands}, trace, verify, cards, report, archive, site, presets" in exits(capsys, "trian", NAME)
 
 
 def test_bad_values_are_named(capsys):

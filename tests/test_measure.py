@@ -3,14 +3,15 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
 import threading
-import time
 
 import pytest
 
-from repro import config, measure, runs
+from repro import config, files, measure, runs
 from repro.__main__ import main
-from repro.files import ReproError
+from repro.files import Busy, ReproError
 from repro.measure import Sizes, Work
 
 NAME = "lab/imagenet64-vit"
@@ -36,65 +37,97 @@ def line(run, how, samples, first, value, precision="bf16", name="FD (EfficientN
 
 
 class Commands:
-    """Stands for the commands: appends what they would, and remembers them."""
+    """Stands for the commands: records what they would, and remembers them."""
 
-    def __init__(self, folder, fails=()):
-        self.folder, self.fails = folder, fails
+    def __init__(self, folder, fails=(), best=(2.5, 10.0)):
+        self.folder, self.fails, self.best = folder, fails, best
         self.done, self.busy, self.lock = [], set(), threading.Lock()
 
-    def __call__(self, one, run, place, logs, compile):
+    def __call__(self, one, run, device, log, lock, compile):
         with self.lock:
-            assert place not in self.busy
-            self.busy.add(place)
-        time.sleep(0.002)
+            assert device not in self.busy
+            self.busy.add(device)
+        with pytest.raises(Busy), files.lock(run.path):  # meanwhile, for others
+            pass
         with self.lock:
-            self.busy.remove(place)
-            self.done.append((one, place))
+            self.busy.remove(device)
+            self.done.append((one, device))
             if one.told in self.fails:
-                return logs / f"{one.told}.txt"
+                return False
             given = dict(zip(one.arguments[::2], one.arguments[1::2], strict=False))
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                for n, how in enumerate(one.settings if one.command == "evaluate" else ()):
-                    far = 20.0 + n if (how.guidance, how.churn) == (2.5, 10.0) else 30.0 + n
-                    drawn = int(given["--evaluate.samples"]), int(given["--evaluate.first-seed"])
-                    found = [line(run, how, *drawn, far, given.get("--precision", "bf16"))]
-                    if "--neighbours" in one.arguments:
-                        kinds = ("nearest training image", "precision (k = 3)", "recall (k = 3)")
-                        found += [line(run, how, *drawn, 1.0, name=kind) for kind in kinds]
-                    file.writelines(json.dumps(each) + "\n" for each in found)
-        return None
+            if one.command == "sample":
+                self.draw(one, int(one.arguments[-1]))
+                return True
+            drawn = int(given["--evaluate.samples"]), int(given["--evaluate.first-seed"])
+            for n, how in enumerate(one.settings):
+                far = 20.0 if (how.guidance, how.churn, how.steps) == (*self.best, 20) else 30.0 + n
+                self.append(line(run, how, *drawn, far, given.get("--precision", "bf16")))
+                kinds = {"--neighbours": ["nearest"], "--precision-recall": ["precision", "recall"]}
+                for kind in [kind for key in kinds if key in one.arguments for kind in kinds[key]]:
+                    samples = drawn[0] if kind == "nearest" else 8747
+                    self.append(line(run, how, samples, drawn[1], 1.0, name=kind) | {"k": 3})
+            return True
+
+    def append(self, values):
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+    def draw(self, one, columns):
+        record = runs.read_record(self.folder / "run.json")
+        for how in one.settings:
+            others = tuple(row for row in record.further_samples if row.sample != how)
+            row = dataclasses.replace(
+                record.samples, file=runs.further_samples_file(how), rows=1, cols=columns, sample=how
+            )
+            record = dataclasses.replace(record, further_samples=(*others, row))
+        runs.write_record(self.folder, record)
 
 
-def test_of_the_recorded_flagships_is_missing_what_metrics_and_pictures_lack():
-    for name in (NAME, "lab/imagenet64-unet"):
-        run = runs.load_run(name)
-        there = {
-            json.dumps([config.sample_json(config.sample_from_json(m["sample"])), m["first_seed"]])
-            for m in run.metrics
-            if m.get("samples") == 5000 and m["images"] == run.record.images and m["precision"] == "bf16"
-        }
-        listed = json.loads((measure.SWEEPS / "imagenet64-samplers.json").read_text())
-        expected = [
-            how
-            for how in (config.sample_from_json(each) for each in listed)
-            if json.dumps([config.sample_json(how), 1_000_000]) not in there
-        ]
-        found = measure.missing(name)
-        assert {how for one in found for how in one.settings} == set(expected)
-        assert {one.arguments for one in found} <= {
-            ("--evaluate.samples", "5000", "--evaluate.first-seed", "1000000")
-        }
+@pytest.fixture
+def three_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure.torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure.tempfile, "tempdir", str(tmp_path))
 
 
-def test_a_sweep_is_done_first_and_then_its_best_is_measured_and_drawn(record, monkeypatch):
+def test_what_the_unets_record_lacks_of_samplers_is_missing(monkeypatch, tmp_path):
+    """By a count of its own; a line taken out of it is missing too."""
+    name = "lab/imagenet64-unet"
+    folder = tmp_path / "runs" / name
+    folder.mkdir(parents=True)
+    for file in ("run.json", "metrics.jsonl"):
+        shutil.copy(runs.RECORDED / name / file, folder)
+    monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
+    end = runs.load_run(name).record.images
+    lines = [json.loads(each) for each in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = [m for m in lines if not (m.get("samples") == 5000 and m.get("sample", {}).get("order") == 3)]
+    assert len(kept) < len(lines)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in kept))
+    there = {
+        json.dumps(config.sample_json(config.sample_from_json(m["sample"])))
+        for m in kept
+        if (m.get("samples"), m.get("first_seed"), m.get("precision")) == (5000, 1_000_000, "bf16")
+        and m["images"] == end
+    }
+    listed = json.loads((measure.SWEEPS / "imagenet64-samplers.json").read_text())
+    ways = {config.sample_from_json(each) for each in listed}
+    expected = {how for how in ways if json.dumps(config.sample_json(how)) not in there}
+    assert sum(how.order == 3 for how in expected) == sum(how.order == 3 for how in ways) > 5
+    found = [one for one in measure.missing(name) if one.told.startswith("samplers")]
+    assert {how for one in found for how in one.settings} == expected
+    assert {one.arguments for one in found} == {
+        ("--evaluate.samples", "5000", "--evaluate.first-seed", "1000000")
+    }
+
+
+def test_a_sweep_is_done_first_and_then_its_best_is_measured_and_drawn(record, monkeypatch, three_gpus):
     commands = Commands(record)
     monkeypatch.setattr(measure, "_run", commands)
-    monkeypatch.setattr(measure.torch.cuda, "device_count", lambda: 3)
     with pytest.raises(ReproError, match="lacks a distance of the sweep: measure it first"):
         measure.second_part(runs.load_run(NAME))
     measure.measure(NAME, compile=False)
     done = [one for one, _ in commands.done]
-    assert {place for _, place in commands.done} == {"0", "1", "2"}
+    assert {device for _, device in commands.done} <= {"cuda:0", "cuda:1", "cuda:2"}
     sweep = [one for one in done if one.told.startswith("sweep")]
     assert done[: len(sweep)] == sweep
     ways = [how for one in sweep for how in one.settings]
@@ -116,58 +149,128 @@ def test_a_sweep_is_done_first_and_then_its_best_is_measured_and_drawn(record, m
     assert by_name["fp32"].arguments[-2:] == ("--precision", "fp32")
     # 39 evaluations of Heun's 20 steps, guided: 78 passes an image
     assert by_name["block 1"].passes == 50_000 * 78
+    assert measure.missing(NAME) == []
+    assert not list(record.parents[2].glob("measure-*"))  # logs of what went well
 
-    left = measure.missing(NAME)  # pictures were not really drawn
-    assert [one.told for one in left] == ["pictures by guidance", "pictures by samplers"]
+
+def test_the_longest_work_comes_first(record, monkeypatch):
+    run = runs.load_run(NAME)
+    for how in measure.sweep(run):
+        Commands(record).append(line(run, how, 5000, measure.ELSEWHERE, 30.0))
+    passes = [sum(one.passes for one in works) for works in measure.second_part(runs.load_run(NAME))]
+    assert passes == sorted(passes, reverse=True) and len(set(passes)) > 5
 
 
-def test_what_fails_is_named_and_the_same_command_goes_on(record, monkeypatch):
-    monkeypatch.setattr(measure.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(measure, "_run", Commands(record, fails=("sweep 2",)))
-    with pytest.raises(ReproError, match=r"1 commands failed: sweep 2 \(.*sweep 2.txt\). The same command"):
-        measure.measure(NAME)
-    again = Commands(record)
-    monkeypatch.setattr(measure, "_run", again)
+@pytest.mark.parametrize("churn", [0.0, 10.0])
+def test_a_way_that_two_rows_show_is_drawn_once_as_long_as_the_longer(record, monkeypatch, three_gpus, churn):
+    """Guidance 1.5, the run's own, may be the best, and is the first of the samplers that are shown."""
+    commands = Commands(record, best=(1.5, churn))
+    monkeypatch.setattr(measure, "_run", commands)
     measure.measure(NAME)
+    assert measure.missing(NAME) == []
+    drawn = [how for one, _ in commands.done if one.command == "sample" for how in one.settings]
+    assert len(drawn) == len(set(drawn))
+    rows = {row.sample: row.cols for row in runs.load_run(NAME).record.further_samples}
+    assert rows[runs.load_run(NAME).sample] == 12
+
+
+def test_the_nearest_images_of_fewer_samples_are_not_those_of_a_block(record, monkeypatch, three_gpus):
+    commands = Commands(record)
+    monkeypatch.setattr(measure, "_run", commands)
+    run = runs.load_run(NAME)
+    commands.append(line(run, run.sample, 10_000, 1_000_000, 1.2, name="nearest training image"))
+    measure.measure(NAME)
+    lines = [json.loads(each) for each in (record / "metrics.jsonl").read_text().splitlines()]
+    for name in ("nearest", "precision", "recall"):
+        kept = [m for m in lines if m["name"] != name]
+        (record / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in kept))
+        assert [one.told for one in measure.missing(NAME)] == ["block 0"]
+
+
+def test_what_fails_is_named_and_the_same_command_goes_on(record, monkeypatch, three_gpus):
+    monkeypatch.setattr(measure, "_run", Commands(record, fails=("sweep 2",)))
+    with pytest.raises(ReproError, match=r"commands failed: sweep 2 \(.*sweep-2.txt\). Mend that, and"):
+        measure.measure(NAME)
+    again = Commands(record, fails=("the sweep's best",))
+    monkeypatch.setattr(measure, "_run", again)
+    with pytest.raises(ReproError, match="commands failed: the sweep's best"):
+        measure.measure(NAME)
     sweep = [one for one, _ in again.done if one.told.startswith("sweep")]
     assert sum(len(one.settings) for one in sweep) == 6  # those that failed, no others
+    left = [one.told for one in measure.missing(NAME)]  # what follows it, and nothing else
+    assert left == ["the sweep's best", "pictures by guidance", "pictures by samplers"]
 
 
-def test_a_command_is_given_its_gpu_its_samplers_and_a_log(record, monkeypatch, tmp_path):
-    run, seen = runs.load_run(NAME), []
+def test_a_full_disk_is_told_and_other_work_is_done(record, monkeypatch, three_gpus):
+    commands = Commands(record)
 
-    class Ended:
-        returncode = 1
+    def run(one, *others):
+        if one.told == "sweep 1":
+            raise OSError(28, "No space left on device")
+        return commands(one, *others)
 
-    def ran(command, env, stdout, stderr):
-        seen.append((command, env.get("CUDA_VISIBLE_DEVICES")))
-        stdout.write("what went wrong")
-        return Ended
+    monkeypatch.setattr(measure, "_run", run)
+    with pytest.raises(ReproError, match=r"commands failed: sweep 1 \(.*No space left on device\)"):
+        measure.measure(NAME)
+    assert len(commands.done) == 3
 
-    monkeypatch.setattr(measure.subprocess, "run", ran)
+
+def test_a_command_is_given_its_gpu_its_samplers_and_the_lock(record, tmp_path):
+    """A true command, which fails, and what it says; and that a lock is kept while such a command lives."""
+    run = runs.load_run(NAME)
     one = Work("evaluate", "sweep 1", ("--evaluate.samples", "3"), (run.sample,), 1)
-    log = measure._run(one, run, "5", tmp_path, True)
-    command, gpu = seen[0]
-    assert (gpu, log.read_text()) == ("5", "what went wrong")
-    assert command[1:5] == ["-m", "repro", "evaluate", str(run.path)] and command[-1] == "--compile"
-    written = json.loads((tmp_path / "sweep-1.json").read_text())
+    log = tmp_path / "sweep-1.txt"
+    with files.lock(run.path) as lock:
+        assert not measure._run(one, run, "tpu", log, lock, True)
+    assert "unknown device 'tpu'" in log.read_text()
+    written = json.loads(log.with_suffix(".json").read_text())
     assert [config.sample_from_json(each) for each in written] == [run.sample]
-    measure._run(dataclasses.replace(one, command="sample"), run, "", tmp_path, True)
-    assert seen[1][0][-2:] == ["--device", "cpu"]
+    with files.lock(run.path) as lock:
+        script = "import sys; print('there', flush=True); sys.stdin.read()"
+        child = subprocess.Popen(
+            [sys.executable, "-c", script],
+            pass_fds=(lock.fileno(),),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        child.stdout.readline()
+    with pytest.raises(Busy, match="another process is working in"), files.lock(run.path):
+        pass
+    child.communicate()
+    with files.lock(run.path):
+        pass
 
 
-def test_runs_that_cannot_be_measured_so_are_refused(record, capsys):
+def test_runs_that_cannot_be_measured_so_are_refused(record, capsys, monkeypatch):
     values = json.loads((record / "run.json").read_text())
     (record / "run.json").write_text(json.dumps({**values, "weights": {}}))
+    for name in ("celeba64-unet", "imagenet64-latent-vit"):
+        (record.parent / name).mkdir()
+        shutil.copy(runs.RECORDED / "lab" / name / "run.json", record.parent / name)
+    for name, message in (
+        (NAME, f"{NAME} is recorded without weights, so nothing can be drawn"),
+        ("lab/celeba64-unet", "knows no null class, so it has no guidance to measure"),
+        ("lab/imagenet64-latent-vit", "draws latents, which have no range to clip to"),
+    ):
+        assert main(["measure", name, "--dry-run"]) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: False)
+    for arguments, message in (
+        (["--few", "0"], "measure needs 2 samples or more each time"),
+        (["--blocks", "-1"], "and 1 block or more"),
+        ([], "torch sees no GPU, and without one this takes days"),
+    ):
+        assert main(["measure", NAME, *arguments]) == 1
+        assert message in capsys.readouterr().err
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert main(["measure", NAME]) == 1
-    assert (
-        "lab/imagenet64-vit is recorded without weights, so nothing can be drawn" in capsys.readouterr().err
-    )
-    other = record.parent / "celeba64-unet"
-    other.mkdir()
-    shutil.copy(runs.RECORDED / "lab" / "celeba64-unet" / "run.json", other)
-    assert main(["measure", "lab/celeba64-unet", "--dry-run"]) == 1
-    assert "knows no null class, so it has no guidance to measure" in capsys.readouterr().err
+    assert "start it without torchrun" in capsys.readouterr().err
+    with pytest.raises(ReproError, match="would reach the sweep's seeds, from 3,000,000 on; take fewer"):
+        (record / "run.json").write_text(json.dumps({**values, "further_samples": []}))
+        run = runs.load_run(NAME)
+        for how in measure.sweep(run):
+            Commands(record).append(line(run, how, 5000, measure.ELSEWHERE, 30.0))
+        measure.second_part(runs.load_run(NAME), Sizes(many=1_000_000))
 
 
 def test_the_command_lists_what_is_missing(record, capsys):

@@ -265,7 +265,7 @@ def _add_norm_grad_like(total, mean, rstd, weight, dy, dsum, branch_dtype):
 
 @torch.library.custom_op("repro::gelu", mutates_args=())
 def gelu(x: Tensor) -> Tensor:
-    """x times the normal distribution function of x, in the type of x."""
+    """x times the normal distribution function of x, in the type of x; NaN where x is infinite."""
     x = x.contiguous()
     y = torch.empty_like(x)
     count, block = x.numel(), GELU["BLOCK"]
