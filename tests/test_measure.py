@@ -166,12 +166,14 @@ def test_a_way_that_two_rows_show_is_drawn_once_as_long_as_the_longer(record, mo
     """Guidance 1.5, the run's own, may be the best, and is the first of the samplers that are shown."""
     commands = Commands(record, best=(1.5, churn))
     monkeypatch.setattr(measure, "_run", commands)
+    own = runs.load_run(NAME).sample
+    commands.draw(Work("sample", "a shorter row", (), (own,), 1), 4)
     measure.measure(NAME)
     assert measure.missing(NAME) == []
     drawn = [how for one, _ in commands.done if one.command == "sample" for how in one.settings]
     assert len(drawn) == len(set(drawn))
     rows = {row.sample: row.cols for row in runs.load_run(NAME).record.further_samples}
-    assert rows[runs.load_run(NAME).sample] == 12
+    assert rows[own] == 12
 
 
 def test_the_nearest_images_of_fewer_samples_are_not_those_of_a_block(record, monkeypatch, three_gpus):
