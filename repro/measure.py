@@ -32,7 +32,7 @@ from typing import IO
 
 import torch
 
-from repro import config, evaluate, files, provenance, runs, sample, schedules
+from repro import config, files, provenance, runs, sample, schedules
 from repro.files import ReproError
 
 SWEEPS = provenance.ROOT / "paper" / "sweeps"
@@ -87,22 +87,21 @@ def best(run: runs.Run, sizes: Sizes = Sizes()) -> config.Sample:
     """The way of the sweep with the least distance; raises `ReproError` where some are not measured yet."""
     found = {}
     for how in sweep(run):
-        lines = _lines(run, how, sizes.few, ELSEWHERE, run.config.train.precision)
+        lines = _lines(run, how, sizes.few, ELSEWHERE)
         if not lines:
             raise ReproError(f"{run.name} lacks a distance of the sweep: measure it first")
         found[how] = lines[-1]["value"]
     return min(found, key=found.get)
 
 
-def _lines(run: runs.Run, how: config.Sample, samples: int, first: int, precision: str) -> list[dict]:
+def _lines(
+    run: runs.Run, how: config.Sample, samples: int, first: int, precision: str | None = None
+) -> list[dict]:
     """Recorded distances of the final weights, so drawn."""
-    title = evaluate.title(evaluate.PROTOCOLS[run.config.evaluate.features])
-    wanted = (title, run.record.images, samples, first, precision, None)
-    keys = ("name", "images", "samples", "first_seed", "precision", "ema_halflife_images")
     return [
         line
-        for line in run.metrics
-        if tuple(map(line.get, keys)) == wanted and config.sample_from_json(line["sample"]) == how
+        for line in run.measured(how, samples, precision=precision)
+        if (line["images"], line["first_seed"]) == (run.record.images, first)
     ]
 
 
@@ -132,7 +131,7 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
     work = _shared(run, "samplers", listed("imagenet64-samplers", own), sizes.few, first, parts)
     for block in range(sizes.blocks):
         seed, further = first + block * sizes.many, ()
-        lines = _lines(run, own, sizes.many, seed, run.config.train.precision)
+        lines = _lines(run, own, sizes.many, seed)
         if block == 0:
             further = ("--neighbours", "--precision-recall")
             beside = [each for line in lines for each in run.of_the_same_samples(line)]
@@ -147,8 +146,8 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
             further = ("--precision", precision)
             work.append(_evaluate(run, precision, [own], sizes.few, ELSEWHERE, further))
     pictures = []
-    if not _lines(run, chosen, ten, first, run.config.train.precision):
-        pictures.append(_evaluate(run, "the sweep's best", [chosen], ten, first))
+    if not _lines(run, chosen, ten, first):
+        pictures.append(_evaluate(run, "best of the sweep", [chosen], ten, first))
     shown = [replace(chosen, guidance=1.0, churn=0.0), chosen, replace(chosen, churn=0.0)]
     rows = (
         ("guidance", list(dict.fromkeys(shown)), sizes.pictures),
@@ -181,8 +180,7 @@ def _shared(
     run: runs.Run, told: str, ways: Iterable[config.Sample], samples: int, first: int, parts: int
 ) -> list[Work]:
     """Those of `ways` that are not measured, in parts of about as many passes, the longest first."""
-    precision = run.config.train.precision
-    left = [how for how in dict.fromkeys(ways) if not _lines(run, how, samples, first, precision)]
+    left = [how for how in dict.fromkeys(ways) if not _lines(run, how, samples, first)]
     groups: list[list[config.Sample]] = [[] for _ in range(min(parts, len(left)))]
     for how in sorted(left, key=lambda how: -_passes(run, how)):
         min(groups, key=lambda group: sum(_passes(run, each) for each in group)).append(how)
@@ -273,7 +271,7 @@ def _work_off(
         try:
             for one in works:
                 began = time.perf_counter()
-                log = logs / f"{one.told.replace(' ', '-').replace(chr(39), '')}.txt"
+                log = logs / f"{one.told.replace(' ', '-')}.txt"
                 try:
                     well = _run(one, run, device, log, lock, compile)
                 except OSError as error:  # a full disk, say

@@ -368,7 +368,7 @@ class Run:
         own = self.config.evaluate.first_seed
         last = {
             line["images"]: line
-            for line in self._measured(how, samples, ema, protocol)
+            for line in self.measured(how, samples, ema, protocol)
             if line["first_seed"] == own
         }
         for other in ("classifier", "low_noise", "autoencoder"):
@@ -413,7 +413,7 @@ class Run:
         blocks that share seeds the first.
         """
         first_seeds, values = [], {}
-        for line in self._measured(how, samples, None, protocol):
+        for line in self.measured(how, samples, None, protocol):
             first = line["first_seed"]
             shares = any(abs(first - other) < line["samples"] for other in first_seeds)
             if line["images"] == self.record.images and (first in values or not shares):
@@ -442,18 +442,22 @@ class Run:
         As `python -m repro evaluate RUN --standard-errors` measures it; samples: as in `distances`. None
         where nobody has.
         """
-        lines = self._measured(how, samples, None, of="standard error of ")
+        lines = self.measured(how, samples, None, of="standard error of ")
         return next((line for line in reversed(lines) if line["images"] == self.record.images), None)
 
-    def _measured(
+    def measured(
         self,
         how: config.Sample,
-        samples: int | None,
-        ema: float | None,
+        samples: int | None = None,
+        ema: float | None = None,
         protocol: str | None = None,
         of: str = "",
+        precision: str | None = None,
     ) -> list[dict]:
-        """Lines of distances from any seed, as `distances` describes, or of what else is called by them."""
+        """Lines of distances from any seed, as `distances` describes, or of what else is called by them.
+
+        precision: by default that of training.
+        """
         own, average = self.config, self.further_average(ema)
         name = of + evaluate.title(protocol or evaluate.PROTOCOLS[own.evaluate.features])
         number = samples or own.evaluate.samples
@@ -463,7 +467,7 @@ class Run:
             if line["name"] == name
             and line.get("ema_halflife_images") == average
             and (config.sample_from_json(line["sample"]), line["samples"]) == (how, number)
-            and line["precision"] == own.train.precision
+            and line["precision"] == (precision or own.train.precision)
         ]
 
     @property

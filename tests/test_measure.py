@@ -136,13 +136,13 @@ def test_a_sweep_is_done_first_and_then_its_best_is_measured_and_drawn(record, m
     chosen = measure.best(runs.load_run(NAME))
     assert (chosen.guidance, chosen.churn) == (2.5, 10.0)
     by_name = {one.told: one for one in done}
-    best = by_name["the sweep's best"]
+    best = by_name["best of the sweep"]
     assert best.settings == (chosen,)
     assert best.arguments == ("--evaluate.samples", "10000", "--evaluate.first-seed", "1000000")
     rows = by_name["pictures by guidance"]
     assert [(how.guidance, how.churn) for how in rows.settings] == [(1.0, 0.0), (2.5, 10.0), (2.5, 0.0)]
     order = [one.told for one in done]
-    assert order.index("the sweep's best") < order.index("pictures by guidance")
+    assert order.index("best of the sweep") < order.index("pictures by guidance")
     assert order.index("pictures by guidance") < order.index("pictures by samplers")
     seeds = [by_name[f"block {n}"].arguments[3] for n in range(3)]
     assert seeds == ["1000000", "1050000", "1100000"]
@@ -193,14 +193,14 @@ def test_what_fails_is_named_and_the_same_command_goes_on(record, monkeypatch, t
     monkeypatch.setattr(measure, "_run", Commands(record, fails=("sweep 2",)))
     with pytest.raises(ReproError, match=r"commands failed: sweep 2 \(.*sweep-2.txt\). Mend that, and"):
         measure.measure(NAME)
-    again = Commands(record, fails=("the sweep's best",))
+    again = Commands(record, fails=("best of the sweep",))
     monkeypatch.setattr(measure, "_run", again)
-    with pytest.raises(ReproError, match="commands failed: the sweep's best"):
+    with pytest.raises(ReproError, match="commands failed: best of the sweep"):
         measure.measure(NAME)
     sweep = [one for one, _ in again.done if one.told.startswith("sweep")]
     assert sum(len(one.settings) for one in sweep) == 6  # those that failed, no others
     left = [one.told for one in measure.missing(NAME)]  # what follows it, and nothing else
-    assert left == ["the sweep's best", "pictures by guidance", "pictures by samplers"]
+    assert left == ["best of the sweep", "pictures by guidance", "pictures by samplers"]
 
 
 def test_a_full_disk_is_told_and_other_work_is_done(record, monkeypatch, three_gpus):

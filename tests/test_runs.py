@@ -378,6 +378,12 @@ def test_a_record_may_name_its_classes(root):
     assert load(root).record.data.classes == ("n1", "n2")
 
 
+def test_the_committed_weights_take_less_than_240_megabytes_together():
+    """What a clone downloads; weights that git ignores, of imported checkpoints, do not count."""
+    folders = [runs.RECORDED / name for name in runs.names() if not runs.load_run(name).record.imported]
+    assert sum(path.stat().st_size for folder in folders for path in folder.glob("weights*")) < 240e6
+
+
 def test_the_committed_runs_are_whole():
     assert runs.names(), "no run is recorded"
     for name in runs.names():
