@@ -239,15 +239,15 @@ def measure(name: str, sizes: Sizes = Sizes(), device: str | None = None, compil
             "torch sees no GPU, and without one this takes days; --device cpu does it all the same"
         )
     run = load(name)
-    gpus = range(torch.cuda.device_count())
-    devices = [device] if device else [f"cuda:{gpu}" for gpu in gpus]
+    devices = [device] if device else [f"cuda:{gpu}" for gpu in range(torch.cuda.device_count())]
     with files.lock(run.path) as lock:
         logs = _logs()
         print(f"what the commands say: {logs}", flush=True)
         how = {"devices": devices, "logs": logs, "lock": lock, "compile": compile}
-        _work_off([[one] for one in first_part(run, sizes, max(4, len(gpus)))], run, **how)
+        parts = len(devices) * math.ceil(4 / len(devices))  # as many for each
+        _work_off([[one] for one in first_part(run, sizes, parts)], run, **how)
         run = load(name)  # with what was measured
-        _work_off(second_part(run, sizes, 2 * max(4, len(gpus))), run, **how)
+        _work_off(second_part(run, sizes, 2 * parts), run, **how)
         shutil.rmtree(logs, ignore_errors=True)
 
 

@@ -422,7 +422,7 @@ _lab_imagenet64_vit = replace(
     data=replace(_imagenet64_subset, holdout=1000),
     model=ViT(width=384, depth=8, heads=6),
     train=Train(
-        images=26_000_384,
+        images=42_000_384,
         batch=512,
         lr=1e-3,  # of two tried, lab/vit-lr1e-3 and lab/vit-lr5e-4: the lower held-out loss at 1M images
         betas=(0.99, 0.99),
@@ -437,7 +437,7 @@ _lab_imagenet64_vit = replace(
     sample=replace(_guided, sigma_max=40.0),  # not 80, for the reason given at lab/celeba64-unet
     evaluate=Evaluate(
         # the first as of the learning rates
-        at=(1_000_448, 4_000_256, 8_000_000, 12_000_256, 18_000_384, 22_000_128, 26_000_384),
+        at=tuple(512 * n for n in (1954, 7813, 15625, 23438, 35157, 42969, 50782, 66407, 82032)),
         also=(Sample(steps=20, sigma_max=40.0),),
         levels=40,
     ),
