@@ -591,39 +591,46 @@ def verify(
 
     Level records takes a minute: the hashes of all recorded files, and what each figure, table and value was
     made from. Level figures, the default, also draws them anew and compares, which takes minutes. Level
-    checkpoints draws each recorded run's samples again and measures them: on a GPU, minutes.
+    checkpoints draws each recorded run's samples again and measures them: on a GPU, minutes; on several, a
+    run at a time on each.
 
     Args:
         ids: Outputs to draw anew (or, at level checkpoints, runs to measure); by default all.
         level: How far to go.
         out: Folder for what is drawn anew; by default build/verify.
-        device: Where to draw samples at level checkpoints; by default the GPU if there is one.
+        device: Where to draw samples at level checkpoints; by default all GPUs if there are some.
         report: Also write what was found to this JSON file.
     """
     from repro import files, provenance
     from repro import verify as verifying
 
-    def told(findings: Iterable[verifying.Finding]) -> list[verifying.Finding]:
-        seen = []
+    found: list[verifying.Finding] = []
+
+    def tell(findings: Iterable[verifying.Finding]) -> None:
         for finding in findings:
-            seen.append(finding)
+            found.append(finding)
             print(f"{'well ' if finding.well else 'WRONG'}  {finding.name}: {finding.told}", flush=True)
-        return seen
 
-    if level == "checkpoints":
-        import torch
+    try:
+        if level == "checkpoints":
+            import torch
 
-        where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        found = told(verifying.remeasured(ids or None, where))
-    else:
-        found = [*told(verifying.records()), *told(verifying.traced()), *told(verifying.strays())]
-        if level == "figures":
-            from repro import render as rendering
+            gpus = 0 if device else torch.cuda.device_count()
+            if gpus > 1:
+                tell(verifying.shared_out(ids or None, [f"cuda:{gpu}" for gpu in range(gpus)]))
+            else:
+                tell(verifying.remeasured(ids or None, device or ("cuda" if gpus else "cpu")))
+        else:
+            for some in (verifying.records, verifying.traced, verifying.strays):
+                tell(some())
+            if level == "figures":
+                from repro import render as rendering
 
-            scratch = out or provenance.ROOT / "build" / "verify"
-            found += told(verifying.redrawn(ids or rendering.ids(), scratch))
-    if report:
-        files.write_json(report, [vars(finding) for finding in found])
+                scratch = out or provenance.ROOT / "build" / "verify"
+                tell(verifying.redrawn(ids or rendering.ids(), scratch))
+    finally:  # when stopped, too
+        if report:
+            files.write_json(report, verifying.report(found, level))
     print(verifying.summary(found))
     return 0 if all(finding.well for finding in found) else 1
 

@@ -3,8 +3,9 @@
     python -m repro.readme     rewrites them; tests/test_readme.py checks that they are up to date
 
 In the text a number stands as `<!--= FILE KEY FORMAT -->17.4<!--/-->`, where FILE is a JSON file below the
-checkout, KEY the dotted way to a number in it (list positions as integers), and FORMAT how Python formats
-it, optionally after a factor: `0.001*.0f`.
+checkout, KEY the dotted way to a number in it, and FORMAT how Python formats it, optionally after a factor:
+`0.001*.0f`. On that way a list is left by a position (-1 is the last one's), or by what an entry has:
+`rows.sampler=Heun.evaluations=39.distance`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,21 @@ def value(path: Path, key: str) -> object:
     found = json.loads(path.read_text())
     for step in key.split("."):
         try:
-            found = found[int(step) if isinstance(found, list) else step]
+            found = _entry(found, step) if isinstance(found, list) else found[step]
         except (KeyError, IndexError, ValueError, TypeError) as error:
             raise ReproError(f"README.md takes {key} from {path}, where there is no {step!r}") from error
     return found
+
+
+def _entry(found: list, step: str) -> object:
+    """That at a position; or those of which a key has the value told, one alone in its own right."""
+    key, equals, told = step.partition("=")
+    if not equals:
+        return found[int(step)]
+    those = [entry for entry in found if str(entry[key]) == told]
+    if not those:
+        raise KeyError(step)
+    return those[0] if len(those) == 1 else those
 
 
 def refresh(text: str, root: Path = provenance.ROOT) -> str:

@@ -2,7 +2,7 @@
 
     python -m repro verify --level records       # a minute: every hash, and what each output was made from
     python -m repro verify                       # minutes: also draws everything anew, and compares
-    python -m repro verify --level checkpoints   # on a GPU: draws the samples again, and measures them
+    python -m repro verify --level checkpoints   # on GPUs: draws the samples again, and measures them
 
 Drawn anew, values and tables must be the same to the last digit. A picture must be the same but for what
 another build of the drawing libraries does to edges: smoothed, no pixel may differ by more than `PICTURE`. A
@@ -15,14 +15,20 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Iterable, Iterator
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
+import torch
 from PIL import Image, ImageFilter
 
-from repro import files, notebook, provenance, render
+from repro import evaluate, files, notebook, provenance, render, runs, train
 from repro.files import ReproError
 
 PICTURE = 24
@@ -41,6 +47,24 @@ class Finding:
     name: str
     well: bool
     told: str
+    measured: dict | None = None
+    """Of a distance measured anew: `value`, what is `recorded`, how far they are `apart` and may be
+    (`allowed`), relative to what is recorded, and on which `device`."""
+
+
+def report(findings: list[Finding], level: str) -> dict:
+    """What was found, for a file: by which code, how many are well, and of distances the farthest apart."""
+    apart = [abs(finding.measured["apart"]) for finding in findings if finding.measured]
+    return {
+        "level": level,
+        "code": provenance.code_version("import repro.verify, repro.evaluate, repro.runs"),
+        "commit": train.git_commit(),
+        "versions": train.versions(),
+        "findings": [vars(finding) for finding in findings],
+        "count": len(findings),
+        "well": sum(finding.well for finding in findings),
+        "farthest_apart": max(apart) if apart else None,
+    }
 
 
 def summary(findings: list[Finding]) -> str:
@@ -59,8 +83,6 @@ def summary(findings: list[Finding]) -> str:
 def records() -> Iterator[Finding]:
     """Of every recorded run, whether its files are those that its run.json names; of its lines, whether they
     can be read."""
-    from repro import runs
-
     base = runs.root_folder()
     for name in runs.names():
         folder, problems = base / name, []
@@ -229,44 +251,89 @@ def tolerance() -> float:
     return 1.96 * math.sqrt(2) * values["values"]["intervals"]["sampling"][1]
 
 
+def measurable(names: Iterable[str] | None = None) -> list[str]:
+    """Those of the recorded runs, or of `names`, whose distance can be measured anew.
+
+    Runs without weights or a distance, such as a classifier, are left out; where they are named, they raise
+    `ReproError`, as an unknown name does.
+    """
+    found = []
+    for name in runs.names() if names is None else names:
+        recorded = runs.load_run(name)
+        lines = [] if recorded.config.model.kind in ("autoencoder", "classifier") else _own_lines(recorded)
+        if lines and recorded.record.weights:
+            found.append(name)
+        elif names is not None:
+            what = "weights" if lines else "distance of its own sampler"
+            raise ReproError(f"{name} has no recorded {what}, so there is nothing to measure anew")
+    return found
+
+
 def remeasured(
     names: Iterable[str] | None = None, device: str = "cuda", batch: int = 500
 ) -> Iterator[Finding]:
     """Of every recorded run with weights, or of those named, the last distance of its own sampler, anew.
 
-    From the weights on the disk, with as many samples of the same seeds in the same precision. Runs without a
-    distance, such as a classifier, are left out. Raises `ReproError` for a run that is named and cannot be
-    measured.
+    From the weights on the disk, with as many samples of the same seeds in the same precision. A run that
+    cannot be drawn from, for want of a file say, is a finding. Raises what `measurable` does.
     """
-    from repro import evaluate, runs
+    allowed, place = tolerance(), train.find_place(device)
+    for name in measurable(names):
+        try:
+            yield _remeasure(name, allowed, place.device, batch)
+        except ReproError as error:
+            yield Finding(name, False, str(error))
 
-    allowed = tolerance()
-    for name in runs.names() if names is None else names:
-        recorded = runs.load_run(name)
-        lines = [] if recorded.config.model.kind in ("autoencoder", "classifier") else _own_lines(recorded)
-        if not lines or not recorded.record.weights:
-            if names is not None:
-                what = "weights" if lines else "distance of its own sampler"
-                raise ReproError(f"{name} has no recorded {what}, so there is nothing to measure anew")
-            continue
-        line = lines[-1]
-        config = recorded.config
-        how = replace(config.evaluate, samples=line["samples"], first_seed=line["first_seed"])
-        found = evaluate.evaluate(
-            recorded.denoiser(device),
-            replace(config, sample=recorded.sample, evaluate=how),
-            recorded.record.data.fingerprint,
-            line["images"],
-            device,
-            line["precision"],
-            batch,
-        )[0]
-        apart = found["value"] / line["value"] - 1
-        told = (
-            f"{line['name']} {found['value']:.2f}, recorded {line['value']:.2f}: {apart:+.2%} "
-            f"({allowed:.2%} allowed)"
-        )
-        yield Finding(name, bool(abs(apart) <= allowed), told)
+
+def _remeasure(name: str, allowed: float, device: str | torch.device, batch: int) -> Finding:
+    recorded = runs.load_run(name)
+    line, config = _own_lines(recorded)[-1], recorded.config
+    how = replace(config.evaluate, samples=line["samples"], first_seed=line["first_seed"])
+    found = evaluate.evaluate(
+        recorded.denoiser(device),
+        replace(config, sample=recorded.sample, evaluate=how),
+        recorded.record.data.fingerprint,
+        line["images"],
+        device,
+        line["precision"],
+        batch,
+    )[0]
+    apart = found["value"] / line["value"] - 1
+    told = (
+        f"{line['name']} {found['value']:.2f}, recorded {line['value']:.2f}: {apart:+.2%} "
+        f"({allowed:.2%} allowed)"
+    )
+    measured = {"value": found["value"], "recorded": line["value"], "apart": apart, "allowed": allowed}
+    measured["device"] = evaluate.device_name(device)
+    return Finding(name, bool(abs(apart) <= allowed), told, measured)
+
+
+def shared_out(names: Iterable[str] | None, devices: Sequence[str]) -> Iterator[Finding]:
+    """What `remeasured` finds, a run at a time on each of the `devices`, by commands of their own.
+
+    Raises what `measurable` does. A command that fails is a finding: its last words.
+    """
+    free: SimpleQueue[str] = SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def one(name: str) -> Finding:
+        device = free.get()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                report = Path(folder) / "report.json"
+                command = [sys.executable, "-m", "repro", "verify", name, "--level", "checkpoints"]
+                command += ["--device", device, "--report", str(report)]
+                ended = subprocess.run(command, capture_output=True, text=True)
+                if not report.is_file():
+                    last = (ended.stdout + ended.stderr).strip().splitlines()[-1:] or ["it said nothing"]
+                    return Finding(name, False, f"measuring it failed: {last[0]}")
+                return Finding(**files.read_json(report)["findings"][0])
+        finally:
+            free.put(device)
+
+    with ThreadPoolExecutor(len(devices)) as pool:
+        yield from pool.map(one, measurable(names))
 
 
 def _own_lines(recorded) -> list[dict]:

@@ -38,6 +38,21 @@ def test_numbers_follow_the_file(tmp_path):
     assert readme.refresh(text, tmp_path) == expected
 
 
+def test_an_entry_is_found_by_its_place_or_by_what_it_has(tmp_path):
+    rows = [{"of": "a", "n": n, "y": y} for n, y in ((1, 3.0), (10, 4.0))] + [{"of": "b", "n": 1, "y": 5.0}]
+    (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
+    for key, expected in {
+        "rows.-1.y": "5",
+        "rows.of=b.y": "5",
+        "rows.of=a.n=10.y": "4",
+        "rows.of=a.1.y": "4",
+    }.items():
+        assert f">{expected}<" in readme.refresh(f"<!--= a.json {key} .0f --><!--/-->", tmp_path), key
+    for key in ("rows.of=c.y", "rows.off=a.y", "rows.of=a.y", "rows.3.y"):  # of=a: two of them
+        with pytest.raises(ReproError, match=f"takes {key} from"):
+            readme.refresh(f"<!--= a.json {key} .0f --><!--/-->", tmp_path)
+
+
 def test_a_missing_key_or_file_is_named(tmp_path):
     (tmp_path / "a.json").write_text("{}")
     with pytest.raises(ReproError, match="no 'x'"):

@@ -3,6 +3,8 @@
 import json
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
 
 import nbformat
@@ -216,6 +218,56 @@ def test_distances_are_measured_as_they_were_and_compared(monkeypatch, factor, w
     sample = runs.load_run(name).sample
     assert asked == [(line["samples"], line["first_seed"], sample, line["precision"], line["images"])]
     assert finding.well == well and finding.name == name and f"recorded {line['value']:.2f}" in finding.told
+    assert finding.measured["recorded"] == line["value"] and finding.measured["device"] == "cpu"
+    assert finding.measured["apart"] == pytest.approx(factor - 1, abs=1e-12, nan_ok=True)
+
+
+def test_a_run_that_cannot_be_drawn_from_does_not_end_the_others(recorded, monkeypatch):
+    def stand_in(denoiser, run, fingerprint, images, device, precision, batch):
+        return [runs.load_run(name).distances(run.sample)[-1]]
+
+    monkeypatch.setattr(evaluate, "evaluate", stand_in)
+    name = "lab/one"
+    assert [finding.well for finding in verify.remeasured([name, name], "cpu")] == [True, True]
+    (recorded / WEIGHTS).unlink()
+    findings = list(verify.remeasured(None, "cpu"))
+    assert [finding.name for finding in findings] == [name]
+    assert not findings[0].well and f"{WEIGHTS} is missing" in findings[0].told
+    report = verify.report(findings, "checkpoints")
+    assert (report["count"], report["well"], report["farthest_apart"]) == (1, 0, None)
+
+
+def test_runs_are_shared_out_among_gpus_by_commands(monkeypatch):
+    """Each device does one run at a time, and a command that dies is a finding."""
+    names = ["lab/celeba64-unet", "lab/imagenet64-unet", "lab/imagenet64-vit"]
+    busy, lock = set(), threading.Lock()
+
+    def command(words, **how):
+        name, device = words[words.index("verify") + 1], words[words.index("--device") + 1]
+        with lock:
+            assert device not in busy
+            busy.add(device)
+        time.sleep(0.05)
+        with lock:
+            busy.remove(device)
+        if name == names[1]:
+            return subprocess.CompletedProcess(words, 1, "", "Traceback\nout of memory\n")
+        measured = {"value": 2.0, "recorded": 1.0, "apart": 1.0, "allowed": 0.1, "device": device}
+        finding = verify.Finding(name, name == names[0], "told", measured)
+        report = Path(words[words.index("--report") + 1])
+        files.write_json(report, {"findings": [vars(finding)]})
+        return subprocess.CompletedProcess(words, 0, "", "")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess, "run", command)
+        findings = list(verify.shared_out(names, ["cuda:0", "cuda:1"]))
+    assert [finding.name for finding in findings] == names
+    assert [finding.well for finding in findings] == [True, False, False]
+    assert findings[1].told == "measuring it failed: out of memory"
+    report = verify.report(findings, "checkpoints")
+    assert (report["count"], report["well"], report["farthest_apart"]) == (3, 1, 1.0)
+    with pytest.raises(ReproError, match="no recorded weights"):
+        list(verify.shared_out(["lab/vit-lr1e-3"], ["cuda:0"]))
 
 
 def test_a_run_without_weights_cannot_be_measured_anew():
@@ -238,6 +290,8 @@ def test_the_command_says_what_is_wrong_and_writes_it(recorded, tmp_path, capsys
     assert (
         f"1 of 1 are not as recorded: {provenance.relative(recorded)}: {WEIGHTS}" in capsys.readouterr().out
     )
-    assert json.loads(report.read_text())[0]["well"] is False
+    written = json.loads(report.read_text())
+    assert written["findings"][0]["well"] is False and (written["count"], written["well"]) == (1, 0)
+    assert written["level"] == "records" and written["code"]
     assert main(["verify", "no-such-figure", "--level", "figures"]) == 1
     assert "there is no output 'no-such-figure'" in capsys.readouterr().out

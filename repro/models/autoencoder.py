@@ -63,10 +63,13 @@ class KLAutoencoder(nn.Module):
 def _autoencoder_kl() -> type[nn.Module]:
     """diffusers' class, imported without torchvision.
 
-    Which it does not need, and which breaks the import where it was built for another torch.
+    Which it does not need, and which breaks the import where it was built for another torch. Raises
+    `ReproError` without diffusers.
     """
-    from diffusers.utils import import_utils
-
+    try:
+        from diffusers.utils import import_utils
+    except ImportError as error:
+        raise ReproError("latents need the package diffusers, which is not installed") from error
     known = import_utils._torchvision_available
     import_utils._torchvision_available = False
     try:
