@@ -5,7 +5,7 @@
 In the text a number stands as `<!--= FILE KEY FORMAT -->17.4<!--/-->`, where FILE is a JSON file below the
 checkout, KEY the dotted way to a number in it, and FORMAT how Python formats it, optionally after a factor:
 `0.001*.0f`. On that way a list is left by a position (-1 is the last one's), or by what an entry has:
-`rows.sampler=Heun.evaluations=39.distance`.
+`rows.sampler=Heun.evaluations=39.distance`, with _ for spaces.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def _entry(found: list, step: str) -> object:
     key, equals, told = step.partition("=")
     if not equals:
         return found[int(step)]
-    those = [entry for entry in found if str(entry[key]) == told]
+    those = [entry for entry in found if str(entry[key]).replace(" ", "_") == told]
     if not those:
         raise KeyError(step)
     return those[0] if len(those) == 1 else those

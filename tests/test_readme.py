@@ -39,11 +39,11 @@ def test_numbers_follow_the_file(tmp_path):
 
 
 def test_an_entry_is_found_by_its_place_or_by_what_it_has(tmp_path):
-    rows = [{"of": "a", "n": n, "y": y} for n, y in ((1, 3.0), (10, 4.0))] + [{"of": "b", "n": 1, "y": 5.0}]
+    rows = [{"of": "a", "n": n, "y": y} for n, y in ((1, 3.0), (10, 4.0))] + [{"of": "b c", "n": 1, "y": 5.0}]
     (tmp_path / "a.json").write_text(json.dumps({"rows": rows}))
     for key, expected in {
         "rows.-1.y": "5",
-        "rows.of=b.y": "5",
+        "rows.of=b_c.y": "5",
         "rows.of=a.n=10.y": "4",
         "rows.of=a.1.y": "4",
     }.items():
