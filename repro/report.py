@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from repro import files, provenance
+from repro import files, provenance, runs
 from repro.files import ReproError
 
 PAPER = provenance.ROOT / "paper"
@@ -38,7 +38,10 @@ def totals(paper: Path = PAPER) -> dict[str, object]:
         # a line that a shorter record has too is of a training that both share, up to there
         shared = [json.loads(line).get("training_seconds") or 0 for line in lines if line in known]
         found["runs"] += 1
-        found["gpu_seconds"] += (record["seconds"] - max(shared, default=0)) * record["processes"]
+        sessions = [*record.get("earlier", ()), record]
+        parts = [(part.get("first_image", 0), part["processes"]) for part in sessions]
+        own = [json.loads(line) for line in lines]
+        found["gpu_seconds"] += runs.gpu_seconds(parts, record["seconds"], own, max(shared, default=0.0))
         new = [json.loads(line).get("seconds") or 0 for line in lines if line not in known]
         found["evaluation_seconds"] += sum(new)
         known |= set(lines)

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, field, replace
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -152,6 +152,24 @@ class Record:
 _record = TypeAdapter(Record)
 
 
+def gpu_seconds(
+    parts: Sequence[tuple[int, int]], seconds: float, lines: Iterable[dict], since: float = 0.0
+) -> float:
+    """Seconds of a training in parts, each part's as often as processes worked on it.
+
+    parts: of each its first image and its processes, in order. seconds: of the whole. lines: of
+    metrics.jsonl, whose `training_seconds` tell when a part began: where one was measured that ended there,
+    as all do, exactly. since: what is not counted, as it is another training's too.
+    """
+    told = [(line["images"], line["training_seconds"]) for line in lines if line.get("training_seconds")]
+    began = [max((at for images, at in told if images <= first), default=0.0) for first, _ in parts]
+    ended = [*began[1:], seconds]
+    return sum(
+        processes * max(0.0, end - max(start, since))
+        for (_, processes), start, end in zip(parts, began, ended, strict=True)
+    )
+
+
 class Run:
     """A recorded run on disk. Every file read through it is noted for provenance."""
 
@@ -162,6 +180,12 @@ class Run:
     def config(self) -> config.Config:
         """The full configuration of the run."""
         return self.record.config
+
+    @property
+    def gpu_seconds(self) -> float:
+        """Seconds of training, each as often as GPUs (or other processes) worked then."""
+        parts = [(part.first_image, part.processes) for part in self.record.sessions]
+        return gpu_seconds(parts, self.record.seconds, self.metrics)
 
     @cached_property
     def log(self) -> list[dict]:

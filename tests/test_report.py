@@ -215,9 +215,15 @@ def test_a_training_that_records_share_counts_once(tmp_path):
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps({"seconds": seconds, "processes": 2, "device": name[0]}))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in of_it))
+        if name == "other":  # whose first 10 images two more processes saw, in 20 of its seconds
+            lines_of_it = folder / "metrics.jsonl"
+            lines_of_it.write_text(json.dumps(of_it[0] | {"training_seconds": 20.0}) + "\n")
+            record = {"seconds": seconds, "processes": 2, "device": "o", "first_image": 10}
+            record["earlier"] = [{"first_image": 0, "processes": 4, "device": "o"}]
+            (folder / "run.json").write_text(json.dumps(record))
     found = report.totals(tmp_path)
     # the middle one has 60 after the 100 of the first, and the last 80 after the 150 of the third line
     assert found == {
-        "runs": 4, "gpu_seconds": 2 * (30 + 100 + 60 + 80), "evaluation_seconds": 25.0,
+        "runs": 4, "gpu_seconds": 2 * (30 + 100 + 60 + 80) + 2 * 20, "evaluation_seconds": 25.0,
         "devices": "l, m, o, w",
     }  # fmt: skip

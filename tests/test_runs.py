@@ -378,6 +378,16 @@ def test_a_record_may_name_its_classes(root):
     assert load(root).record.data.classes == ("n1", "n2")
 
 
+def test_each_part_of_a_training_counts_its_own_gpus():
+    lines = [{"images": 10 * n, "training_seconds": 7.0 * n} for n in range(1, 5)] + [{"images": 10}]
+    assert runs.gpu_seconds([(0, 2)], 30.0, lines) == 60.0
+    parts = [(0, 2), (20, 4), (30, 1)]  # which end after 14, 21 and 30 seconds
+    assert runs.gpu_seconds(parts, 30.0, lines) == 2 * 14 + 4 * 7 + 1 * 9
+    assert runs.gpu_seconds(parts, 30.0, lines, since=16.0) == 4 * 5 + 1 * 9
+    # where nothing was measured at the end of a part, it ends with the last measurement before
+    assert runs.gpu_seconds([(0, 2), (25, 4)], 30.0, lines) == 2 * 14 + 4 * 16
+
+
 def test_the_committed_weights_take_less_than_240_megabytes_together():
     """What a clone downloads; weights that git ignores, of imported checkpoints, do not count."""
     folders = [runs.RECORDED / name for name in runs.names() if not runs.load_run(name).record.imported]
