@@ -112,9 +112,20 @@ def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monke
     runs.write_record(short.path, replace(record, config=shorter, weights={}, samples=None, images=500_224))
     early = next(m for m in recorded.distances(recorded.sample) if m["images"] == 500_224)
     files.append_line(short.path / "metrics.jsonl", {**early, "value": 321.0})
+    # two that were trained further: from where they part, and one that shares nothing
+    curve = recorded.distances(recorded.sample)
+    further = [{**m, "images": m["images"] + 1000, "value": 10.0 + n} for n, m in enumerate(curve[-2:])]
+    losses = [{"name": "loss on training images", "images": m["images"], "value": 0.5} for m in further]
+    for name, lines in {"-longer": curve[:-1] + further + losses, "-longer-other": further}.items():
+        longer = replace(record.config, name=f"lab/eps-minsnr5{name}")
+        folder_of_it = tmp_path / "runs" / longer.name
+        last = replace(record, config=longer, weights={}, samples=None, images=further[-1]["images"])
+        runs.write_record(folder_of_it, last)
+        for line in lines:
+            files.append_line(folder_of_it / "metrics.jsonl", line)
     monkeypatch.setenv("REPRO_RUNS", str(tmp_path / "runs"))
     changes = {"run": "imagenet64-eps-minsnr5", "output": "fig10_imagenet64_vit", "recompute": 1}
-    render.render(ID, out=tmp_path / "paper", overrides=changes)
+    executed = render.render(ID, out=tmp_path / "paper", overrides=changes)
     found = json.loads((tmp_path / "paper" / "values" / "fig10_imagenet64_vit.json").read_text())["values"]
     labels = sample.labels_for(range(64), 20).tolist()
     assert found["classes"] == ["tench" if label == 0 else ids[label] for label in labels]
@@ -125,6 +136,13 @@ def test_a_grid_of_classes_names_each_and_says_what_was_measured(tmp_path, monke
     best = found["best_of_sweep"]
     assert (best["in_the_sweep"], best["first_seed"], best["reported"]) == (200, 3_000_000, None)
     assert "10 steps" in best["sampler"]
+    assert list(found["longer"]) == ["eps-minsnr5-longer"]
+    assert "lab/eps-minsnr5-longer-other is left out: it shares no measurement" in executed.read_text()
+    (of_it,) = found["longer"].values()
+    assert [(m["images"], m["value"]) for m in of_it["curve"]] == [
+        (m["images"], m["value"]) for m in further if m["images"] > curve[-2]["images"]
+    ]
+    assert len(of_it["curve"]) == 2 and [m["value"] for m in of_it["losses"]] == [0.5, 0.5]
     tables = tmp_path / "paper" / "tables"
     rates = pd.read_csv(tables / "fig10_imagenet64_vit_trials.csv")
     rates = rates[~rates["sampler"].str.contains("classifier")]
