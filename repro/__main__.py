@@ -605,32 +605,31 @@ def verify(
     from repro import verify as verifying
 
     found: list[verifying.Finding] = []
+    about = verifying.about(level) if report else {}
 
     def tell(findings: Iterable[verifying.Finding]) -> None:
         for finding in findings:
             found.append(finding)
             print(f"{'well ' if finding.well else 'WRONG'}  {finding.name}: {finding.told}", flush=True)
+            if report:  # each time, as what comes next can be killed
+                files.write_json(report, verifying.report(found, about))
 
-    try:
-        if level == "checkpoints":
-            import torch
+    if level == "checkpoints":
+        import torch
 
-            gpus = 0 if device else torch.cuda.device_count()
-            if gpus > 1:
-                tell(verifying.shared_out(ids or None, [f"cuda:{gpu}" for gpu in range(gpus)]))
-            else:
-                tell(verifying.remeasured(ids or None, device or ("cuda" if gpus else "cpu")))
+        gpus = 0 if device else torch.cuda.device_count()
+        if gpus > 1:
+            tell(verifying.shared_out(ids or None, [f"cuda:{gpu}" for gpu in range(gpus)]))
         else:
-            for some in (verifying.records, verifying.traced, verifying.strays):
-                tell(some())
-            if level == "figures":
-                from repro import render as rendering
+            tell(verifying.remeasured(ids or None, device or ("cuda" if gpus else "cpu")))
+    else:
+        for some in (verifying.records, verifying.traced, verifying.strays):
+            tell(some())
+        if level == "figures":
+            from repro import render as rendering
 
-                scratch = out or provenance.ROOT / "build" / "verify"
-                tell(verifying.redrawn(ids or rendering.ids(), scratch))
-    finally:  # when stopped, too
-        if report:
-            files.write_json(report, verifying.report(found, level))
+            scratch = out or provenance.ROOT / "build" / "verify"
+            tell(verifying.redrawn(ids or rendering.ids(), scratch))
     print(verifying.summary(found))
     return 0 if all(finding.well for finding in found) else 1
 

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
@@ -49,21 +49,31 @@ class Finding:
     told: str
     measured: dict | None = None
     """Of a distance measured anew: `value`, what is `recorded`, how far they are `apart` and may be
-    (`allowed`), relative to what is recorded, and on which `device`."""
+    (`allowed`), relative to what is recorded, and on which `device`; None for what is no number."""
 
 
-def report(findings: list[Finding], level: str) -> dict:
-    """What was found, for a file: by which code, how many are well, and of distances the farthest apart."""
-    apart = [abs(finding.measured["apart"]) for finding in findings if finding.measured]
+def about(level: str) -> dict:
+    """What a report says first: how far the verification went, and by which code."""
     return {
         "level": level,
         "code": provenance.code_version("import repro.verify, repro.evaluate, repro.runs"),
         "commit": train.git_commit(),
         "versions": train.versions(),
+    }
+
+
+def report(findings: list[Finding], about: dict) -> dict:
+    """What was found, for a file: how many are well, and of distances how far the farthest is `apart`.
+
+    None where nothing was measured, or where a distance is no number.
+    """
+    apart = [finding.measured["apart"] for finding in findings if finding.measured]
+    return {
+        **about,
         "findings": [vars(finding) for finding in findings],
         "count": len(findings),
         "well": sum(finding.well for finding in findings),
-        "farthest_apart": max(apart) if apart else None,
+        "farthest_apart": max(map(abs, apart)) if apart and None not in apart else None,
     }
 
 
@@ -254,13 +264,19 @@ def tolerance() -> float:
 def measurable(names: Iterable[str] | None = None) -> list[str]:
     """Those of the recorded runs, or of `names`, whose distance can be measured anew.
 
-    Runs without weights or a distance, such as a classifier, are left out; where they are named, they raise
-    `ReproError`, as an unknown name does.
+    Runs without weights or a distance, such as a classifier, are left out, but not what cannot be read: that
+    is found when it is measured. Where they are named, all these raise `ReproError`, as an unknown name does.
     """
     found = []
     for name in runs.names() if names is None else names:
-        recorded = runs.load_run(name)
-        lines = [] if recorded.config.model.kind in ("autoencoder", "classifier") else _own_lines(recorded)
+        try:
+            recorded = runs.load_run(name)
+            lines = _own_lines(recorded)
+        except ReproError:
+            if names is not None:
+                raise
+            found.append(name)
+            continue
         if lines and recorded.record.weights:
             found.append(name)
         elif names is not None:
@@ -275,14 +291,15 @@ def remeasured(
     """Of every recorded run with weights, or of those named, the last distance of its own sampler, anew.
 
     From the weights on the disk, with as many samples of the same seeds in the same precision. A run that
-    cannot be drawn from, for want of a file say, is a finding. Raises what `measurable` does.
+    cannot be measured, for want of a file or of memory say, is a finding. Raises what `measurable` does.
     """
     allowed, place = tolerance(), train.find_place(device)
     for name in measurable(names):
         try:
             yield _remeasure(name, allowed, place.device, batch)
-        except ReproError as error:
-            yield Finding(name, False, str(error))
+        except Exception as error:  # whatever it is, the other runs can be measured
+            told = str(error) if isinstance(error, ReproError) else f"{type(error).__name__}: {error}"
+            yield Finding(name, False, told)
 
 
 def _remeasure(name: str, allowed: float, device: str | torch.device, batch: int) -> Finding:
@@ -304,14 +321,17 @@ def _remeasure(name: str, allowed: float, device: str | torch.device, batch: int
         f"({allowed:.2%} allowed)"
     )
     measured = {"value": found["value"], "recorded": line["value"], "apart": apart, "allowed": allowed}
-    measured["device"] = evaluate.device_name(device)
-    return Finding(name, bool(abs(apart) <= allowed), told, measured)
+    measured = {key: number if math.isfinite(number) else None for key, number in measured.items()}
+    return Finding(
+        name, bool(abs(apart) <= allowed), told, measured | {"device": evaluate.device_name(device)}
+    )
 
 
 def shared_out(names: Iterable[str] | None, devices: Sequence[str]) -> Iterator[Finding]:
     """What `remeasured` finds, a run at a time on each of the `devices`, by commands of their own.
 
-    Raises what `measurable` does. A command that fails is a finding: its last words.
+    In the order in which they end. Raises what `measurable` does. A command that fails is a finding: its
+    last words.
     """
     free: SimpleQueue[str] = SimpleQueue()
     for device in devices:
@@ -325,19 +345,24 @@ def shared_out(names: Iterable[str] | None, devices: Sequence[str]) -> Iterator[
                 command = [sys.executable, "-m", "repro", "verify", name, "--level", "checkpoints"]
                 command += ["--device", device, "--report", str(report)]
                 ended = subprocess.run(command, capture_output=True, text=True)
-                if not report.is_file():
-                    last = (ended.stdout + ended.stderr).strip().splitlines()[-1:] or ["it said nothing"]
-                    return Finding(name, False, f"measuring it failed: {last[0]}")
-                return Finding(**files.read_json(report)["findings"][0])
+                found = files.read_json(report)["findings"] if report.is_file() else []
+            last = (ended.stdout + ended.stderr).strip().splitlines()[-1:] or ["it said nothing"]
+            return Finding(**found[0]) if found else Finding(name, False, f"measuring it failed: {last[0]}")
         finally:
             free.put(device)
 
     with ThreadPoolExecutor(len(devices)) as pool:
-        yield from pool.map(one, measurable(names))
+        try:
+            for ended in as_completed([pool.submit(one, name) for name in measurable(names)]):
+                yield ended.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # when stopped, do not go on to the other runs
 
 
 def _own_lines(recorded) -> list[dict]:
-    """Its recorded distances by its own sampler, of its final weights."""
+    """Its recorded distances by its own sampler, of its final weights; none of what draws no images."""
+    if recorded.config.model.kind in ("autoencoder", "classifier"):
+        return []
     return [
         line
         for line in recorded.distances(recorded.sample)

@@ -1,5 +1,6 @@
 """Verification: what is whole is found well, and each kind of damage is found and named."""
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import nbformat
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageDraw
 
 from repro import evaluate, files, provenance, render, runs, verify
@@ -210,31 +212,66 @@ def test_distances_are_measured_as_they_were_and_compared(monkeypatch, factor, w
     asked = []
 
     def stand_in(denoiser, run, fingerprint, images, device, precision, batch):
+        assert not torch.backends.cudnn.allow_tf32  # float32 is true float32, as when it was recorded
         asked.append((run.evaluate.samples, run.evaluate.first_seed, run.sample, precision, images))
         return [line | {"value": factor * line["value"]}]
 
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
     monkeypatch.setattr(evaluate, "evaluate", stand_in)
     (finding,) = verify.remeasured([name], "cpu")
     sample = runs.load_run(name).sample
     assert asked == [(line["samples"], line["first_seed"], sample, line["precision"], line["images"])]
     assert finding.well == well and finding.name == name and f"recorded {line['value']:.2f}" in finding.told
     assert finding.measured["recorded"] == line["value"] and finding.measured["device"] == "cpu"
-    assert finding.measured["apart"] == pytest.approx(factor - 1, abs=1e-12, nan_ok=True)
+    expected = None if np.isnan(factor) else pytest.approx(factor - 1, abs=1e-12)
+    assert finding.measured["apart"] == expected
+    report = verify.report([finding], verify.about("checkpoints"))
+    assert json.loads(json.dumps(report, allow_nan=False))["farthest_apart"] == (
+        None if np.isnan(factor) else pytest.approx(abs(factor - 1), abs=1e-12)
+    )
 
 
-def test_a_run_that_cannot_be_drawn_from_does_not_end_the_others(recorded, monkeypatch):
+def test_what_a_report_says_of_several_distances():
+    apart = (0.01, -0.03, 0.02)
+    findings = [verify.Finding("a", n < 2, "told", {"apart": number}) for n, number in enumerate(apart)]
+    report = verify.report([*findings, verify.Finding("b", False, "missing")], {"level": "checkpoints"})
+    assert (report["count"], report["well"], report["farthest_apart"]) == (4, 2, 0.03)
+    nan = verify.Finding("c", False, "told", {"apart": None})
+    assert verify.report([*findings, nan], {})["farthest_apart"] is None
+    assert verify.report([], {})["farthest_apart"] is None
+
+
+def test_a_run_that_cannot_be_measured_does_not_end_the_others(recorded, monkeypatch):
+    others = recorded.parent / "two", recorded.parent / "unreadable"
+    for folder in others:
+        shutil.copytree(recorded, folder)
+    (others[1] / "run.json").write_text("{")
+
     def stand_in(denoiser, run, fingerprint, images, device, precision, batch):
-        return [runs.load_run(name).distances(run.sample)[-1]]
+        if next(denoiser.net.parameters()).flatten()[0] == 7:
+            raise torch.OutOfMemoryError("none is left")
+        return [runs.load_run("lab/two").distances(run.sample)[-1]]
 
+    weights = runs.Run.weights
+    full = "lab/one"
+    monkeypatch.setattr(
+        runs.Run,
+        "weights",
+        lambda run, *a: {k: v.fill_(7) if run.name == full else v for k, v in weights(run, *a).items()},
+    )
     monkeypatch.setattr(evaluate, "evaluate", stand_in)
-    name = "lab/one"
-    assert [finding.well for finding in verify.remeasured([name, name], "cpu")] == [True, True]
-    (recorded / WEIGHTS).unlink()
-    findings = list(verify.remeasured(None, "cpu"))
-    assert [finding.name for finding in findings] == [name]
-    assert not findings[0].well and f"{WEIGHTS} is missing" in findings[0].told
-    report = verify.report(findings, "checkpoints")
-    assert (report["count"], report["well"], report["farthest_apart"]) == (1, 0, None)
+    found = {finding.name: finding for finding in verify.remeasured(None, "cpu")}
+    assert list(found) == ["lab/one", "lab/two", "lab/unreadable"]
+    assert [finding.well for finding in found.values()] == [False, True, False]
+    assert found["lab/one"].told == "OutOfMemoryError: none is left"
+    assert "run.json" in found["lab/unreadable"].told
+    (others[0] / WEIGHTS).unlink()
+    full = None
+    found = {finding.name: finding for finding in verify.remeasured(None, "cpu")}
+    assert [finding.well for finding in found.values()] == [True, False, False]
+    assert f"{WEIGHTS} is missing" in found["lab/two"].told
+    with pytest.raises(ReproError, match="run.json"):
+        list(verify.remeasured(["lab/unreadable"], "cpu"))
 
 
 def test_runs_are_shared_out_among_gpus_by_commands(monkeypatch):
@@ -247,13 +284,12 @@ def test_runs_are_shared_out_among_gpus_by_commands(monkeypatch):
         with lock:
             assert device not in busy
             busy.add(device)
-        time.sleep(0.05)
+        time.sleep(0.5 if name == names[0] else 0.05)
         with lock:
             busy.remove(device)
         if name == names[1]:
-            return subprocess.CompletedProcess(words, 1, "", "Traceback\nout of memory\n")
-        measured = {"value": 2.0, "recorded": 1.0, "apart": 1.0, "allowed": 0.1, "device": device}
-        finding = verify.Finding(name, name == names[0], "told", measured)
+            return subprocess.CompletedProcess(words, 1, "said first\n", "Traceback\nout of memory\n")
+        finding = verify.Finding(name, name == names[0], "told", {"apart": 0.5, "device": device})
         report = Path(words[words.index("--report") + 1])
         files.write_json(report, {"findings": [vars(finding)]})
         return subprocess.CompletedProcess(words, 0, "", "")
@@ -261,13 +297,44 @@ def test_runs_are_shared_out_among_gpus_by_commands(monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(subprocess, "run", command)
         findings = list(verify.shared_out(names, ["cuda:0", "cuda:1"]))
-    assert [finding.name for finding in findings] == names
-    assert [finding.well for finding in findings] == [True, False, False]
-    assert findings[1].told == "measuring it failed: out of memory"
-    report = verify.report(findings, "checkpoints")
-    assert (report["count"], report["well"], report["farthest_apart"]) == (3, 1, 1.0)
+    assert findings[-1].name == names[0]  # that which takes longest does not keep the others waiting
+    found = {finding.name: finding for finding in findings}
+    assert [found[name].well for name in names] == [True, False, False]
+    assert found[names[1]].told == "measuring it failed: out of memory"
     with pytest.raises(ReproError, match="no recorded weights"):
         list(verify.shared_out(["lab/vit-lr1e-3"], ["cuda:0"]))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a device that is not there")
+def test_a_true_command_that_fails_is_a_finding_with_its_last_words():
+    (finding,) = verify.shared_out(["lab/imagenet64-x0-minsnr5"], ["cuda:0"])
+    assert finding.name == "lab/imagenet64-x0-minsnr5" and not finding.well
+    assert finding.told.startswith("measuring it failed: ") and "cuda" in finding.told.lower()
+
+
+def test_all_gpus_are_taken_but_where_one_is_named(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    well = [verify.Finding("one", True, "told")]
+    monkeypatch.setattr(verify, "shared_out", lambda *how: asked.append(how) or well)
+    monkeypatch.setattr(verify, "remeasured", lambda *how: asked.append(how) or well)
+    assert main(["verify", "lab/one", "--level", "checkpoints"]) == 0
+    assert main(["verify", "--level", "checkpoints", "--device", "cuda:1"]) == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["verify", "lab/one", "--level", "checkpoints"]) == 0
+    assert asked == [(("lab/one",), ["cuda:0", "cuda:1"]), (None, "cuda:1"), (("lab/one",), "cuda")]
+
+
+def test_what_was_found_before_it_was_stopped_is_in_the_report(monkeypatch, tmp_path):
+    def some(*how):
+        yield verify.Finding("one", True, "told")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(verify, "remeasured", some)
+    report = tmp_path / "report.json"
+    with contextlib.suppress(KeyboardInterrupt):
+        main(["verify", "--level", "checkpoints", "--device", "cpu", "--report", str(report)])
+    assert [finding["name"] for finding in json.loads(report.read_text())["findings"]] == ["one"]
 
 
 def test_a_run_without_weights_cannot_be_measured_anew():
