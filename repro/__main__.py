@@ -189,7 +189,7 @@ def sample(name: str, arguments: list[str]) -> None:
                 recorded.path, record, range(first, end), place.device, how
             )
             file = recorded.path / record.further_samples[-1].file
-            print(f"recorded {file}: {_told(config.sample_json(how))}")
+            print(f"recorded {file}: {config.sample_told(how)}")
         return
     if options.record:
         samples = recorded.record.samples
@@ -332,7 +332,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
             line |= {} if average is None else {"ema_halflife_images": average}
             print(
                 f"{line['name']}: {line['value']:.4f}, {line['samples']:,} samples from seed "
-                f"{line['first_seed']}, {_told(config.sample_json(run.sample))}",
+                f"{line['first_seed']}, {config.sample_told(run.sample)}",
                 flush=True,
             )
             if options.record:
@@ -366,13 +366,6 @@ def _sampler_settings(options: EvaluateOptions | SampleOptions, own: config.Samp
     from repro import sample as sampling
 
     return sampling.read_settings(options.settings, options.sample)
-
-
-def _told(sample: dict) -> str:
-    """What is said of a sampler: its settings that are not the default ones, and its steps."""
-    default = config.sample_json(config.Sample())
-    told = {key: value for key, value in sample.items() if value != default[key]}
-    return ", ".join(f"{key} {value}" for key, value in {"steps": sample["steps"], **told}.items())
 
 
 def measure(

@@ -174,7 +174,11 @@ def _details(run: runs.Run) -> list[str]:
             f"commit {part.commit}, {versions}"
         )
         if part.from_run:
-            told.append(f"Began from: the recorded weights of {part.from_run}, with a new optimizer")
+            hashes = ", ".join(f"`{digest[:8]}…`" for digest in part.from_weights.values())
+            told.append(
+                f"Began from: weights that were recorded of {part.from_run} (SHA-256 {hashes}), with a new "
+                "optimizer; where they are not there any more, the git history of its folder has them"
+            )
     terms = _terms(record.data.name)
     told.append(
         f"Licence: that of this repository; the images that it learned have terms of their own: {terms}"

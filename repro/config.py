@@ -395,6 +395,13 @@ def sample_json(sample: Sample) -> dict:
     return _sample_adapter.dump_python(sample, mode="json")
 
 
+def sample_told(how: Sample) -> str:
+    """A sampler in few words: its steps, and its settings that are not the default ones."""
+    values, default = sample_json(how), sample_json(Sample())
+    told = {key: value for key, value in values.items() if value != default[key]}
+    return ", ".join(f"{key} {value}" for key, value in {"steps": how.steps, **told}.items())
+
+
 def sample_from_json(values: dict) -> Sample:
     """What `sample_json` wrote; options that came later have their defaults."""
     return _sample_adapter.validate_python(values)

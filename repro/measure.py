@@ -214,12 +214,13 @@ def missing(name: str, sizes: Sizes = Sizes()) -> list[Work]:
 
 
 def tell(works: Iterable[Work]) -> list[str]:
-    """A line of each: how many samplers, and thousands of passes through the network."""
-    return [
-        f"{one.told}: {len(one.settings)} sampler{'s' * (len(one.settings) > 1)}, "
-        f"{math.ceil(one.passes / 1000):,} thousand passes ({one.command} {' '.join(one.arguments)})"
-        for one in works
-    ]
+    """Of each a line, with thousands of passes through the network, and one for each of its samplers."""
+    told = []
+    for one in works:
+        thousands = f"{math.ceil(one.passes / 1000):,} thousand passes"
+        told.append(f"{one.told}: {thousands} ({one.command} {' '.join(one.arguments)})")
+        told += [f"  {config.sample_told(how)}" for how in one.settings]
+    return told
 
 
 def measure(name: str, sizes: Sizes = Sizes(), device: str | None = None, compile: bool = True) -> None:

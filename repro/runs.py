@@ -158,8 +158,9 @@ def gpu_seconds(
     """Seconds of a training in parts, each part's as often as processes worked on it.
 
     parts: of each its first image and its processes, in order. seconds: of the whole. lines: of
-    metrics.jsonl, whose `training_seconds` tell when a part began: where one was measured that ended there,
-    as all do, exactly. since: what is not counted, as it is another training's too.
+    metrics.jsonl, whose `training_seconds` tell when a part began: exactly where a measurement ended the one
+    before, as one does but where a killed training went on elsewhere. since: what is not counted, as it is
+    another training's too.
     """
     told = [(line["images"], line["training_seconds"]) for line in lines if line.get("training_seconds")]
     began = [max((at for images, at in told if images <= first), default=0.0) for first, _ in parts]

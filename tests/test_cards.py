@@ -128,6 +128,15 @@ def test_what_was_not_measured_or_recorded_says_so(written, copied):
     assert "Licence: not stated" in about and "Origin: not stated" in about
 
 
+def test_a_card_tells_the_weights_that_a_training_began_from():
+    text = cards.cards()["lab/imagenet64-vit.md"]
+    began = json.loads((provenance.ROOT / "paper/runs/lab/imagenet64-vit/run.json").read_text())[
+        "from_weights"
+    ]
+    told = ", ".join(f"`{digest[:8]}…`" for digest in began.values())
+    assert f"Began from: weights that were recorded of lab/imagenet64-vit (SHA-256 {told})" in text
+
+
 def test_an_imported_run_claims_no_training(copied):
     root, folder = copied
     change(

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -68,6 +69,13 @@ def test_the_network_does_what_diffusers_own_methods_do():
     torch.testing.assert_close(mean, theirs.mean)
     torch.testing.assert_close(log_variance, theirs.logvar)
     torch.testing.assert_close(again, net.kl.decode(theirs.mean + theirs.std * noise).sample)
+
+
+def test_without_diffusers_it_says_what_is_missing(monkeypatch):
+    for name in ("diffusers", "diffusers.utils"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ReproError, match="need the package diffusers, which is not installed"):
+        tiny_network()
 
 
 def test_the_loss_is_pixels_divergence_and_features():

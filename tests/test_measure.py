@@ -278,5 +278,7 @@ def test_runs_that_cannot_be_measured_so_are_refused(record, capsys, monkeypatch
 def test_the_command_lists_what_is_missing(record, capsys):
     assert main(["measure", NAME, "--dry-run", "--few", "100"]) == 0
     told = capsys.readouterr().out.splitlines()
-    assert len(told) == 4 and told[0].startswith("sweep 1: 6 samplers, 47 thousand passes (evaluate --eval")
+    parts, samplers = ([line for line in told if line.startswith("  ") == own] for own in (False, True))
+    assert len(parts) == 4 and parts[0].startswith("sweep 1: 47 thousand passes (evaluate --evaluate.samples")
+    assert len(samplers) == 24 and "  steps 20, sigma_max 40.0, churn 20.0, guidance 3.0" in samplers
     assert Sizes().few == 5_000

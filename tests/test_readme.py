@@ -31,6 +31,19 @@ def test_linked_files_exist(link):
     assert (provenance.ROOT / link).exists()
 
 
+def test_what_it_says_is_not_measured_is_not():
+    """Sentences that are to go when these numbers come."""
+    vit, sampled = (
+        readme.value(provenance.ROOT / "paper" / "values" / f"{name}.json", "values")
+        for name in ("fig10_imagenet64_vit", "sec4_5_samplers")
+    )
+    there = [vit["best_of_sweep"]["reported"], vit.get("precisions", [])]
+    assert README.read_text().count("not yet measured") == 3 - bool(there[0]) - 2 * bool(there[1])
+    assert ("are not measured of the ViT" in README.read_text()) == (
+        sampled["unmeasured"]["imagenet64-vit"]["count"] > 0
+    )
+
+
 def test_numbers_follow_the_file(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"x": [1.26, {"y": 2000}]}))
     text = "<!--= a.json x.0 .1f -->9<!--/--> and <!--= a.json x.1.y 0.001*.2f --><!--/-->"

@@ -384,6 +384,8 @@ def test_each_part_of_a_training_counts_its_own_gpus():
     parts = [(0, 2), (20, 4), (30, 1)]  # which end after 14, 21 and 30 seconds
     assert runs.gpu_seconds(parts, 30.0, lines) == 2 * 14 + 4 * 7 + 1 * 9
     assert runs.gpu_seconds(parts, 30.0, lines, since=16.0) == 4 * 5 + 1 * 9
+    vit = runs.load_run("lab/imagenet64-vit")  # on two GPUs, and in the end on four
+    assert vit.record.processes == 4 and vit.gpu_seconds == pytest.approx(2 * 1406.7 + 4 * (1833.9 - 1406.7))
     # where nothing was measured at the end of a part, it ends with the last measurement before
     assert runs.gpu_seconds([(0, 2), (25, 4)], 30.0, lines) == 2 * 14 + 4 * 16
 

@@ -49,6 +49,9 @@ def replace(path, old, new):
     path.write_text(path.read_text().replace(old, new, 1))
 
 
+RUNS = provenance.ROOT / "paper" / "runs" / "lab"
+
+
 def traced(path) -> str:
     return "\n".join(trace.trace(path).lines)
 
@@ -70,6 +73,18 @@ def test_a_committed_figure_traces_to_all_that_made_it_and_matches(capsys):
     ):
         assert told in printed
     assert printed.endswith("\nall 8 files match, and so do notebook, parameters and code\n")
+
+
+def test_it_tells_what_a_training_began_from_and_whether_that_is_recorded(tmp_path, monkeypatch):
+    figure = FIGURES / "fig10_imagenet64_vit.png"
+    (one, two) = json.loads((RUNS / "imagenet64-vit" / "run.json").read_text())["from_weights"].values()
+    began = f"began from weights {one[:16]}…, {two[:16]}…: those of lab/imagenet64-vit, "
+    assert traced(figure).count(began + "of its git history") == 2  # of the run, and of that which goes on
+    changed = json.loads((RUNS / "imagenet64-vit" / "run.json").read_text())
+    changed["from_weights"] = changed["weights"]
+    found = trace.Trace()
+    trace._tell_run(found, "lab/x", "paper/runs/lab/imagenet64-vit", changed, changed["weights"])
+    assert any("those of lab/imagenet64-vit, recorded here" in line for line in found.lines)
 
 
 def test_runs_without_weights_say_so_and_other_kinds_of_files_trace_the_same():
