@@ -10,7 +10,7 @@ other. What the record has is left out, so that a measurement that was stopped g
 - its best on the reported seeds, and rows of pictures: by it, without guidance, and without churn;
 - samplers over their evaluations, and rows of pictures by some of them;
 - blocks of samples on disjoint seeds, with the first precision, recall and nearest training images;
-- other precisions, on the sweep's seeds.
+- other precisions, on the sweep's seeds: float8 too of a ViT, which needs a GPU since Ada or Hopper.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
             lines = lines if {"nearest", "precision", "recall"} <= named else []
         if not lines:
             work.append(_evaluate(run, f"block {block}", [own], sizes.many, seed, further))
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "fp16") + (("fp8",) if run.config.model.kind == "vit" else ()):
         if not _lines(run, own, sizes.few, ELSEWHERE, precision):
             further = ("--precision", precision)
             work.append(_evaluate(run, precision, [own], sizes.few, ELSEWHERE, further))
