@@ -1,12 +1,16 @@
 """The report: the same files give the same bytes, what is missing is named, and no number is typed."""
 
+import io
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
+from PIL import Image
+from scipy.signal import fftconvolve
 
-from repro import claims, provenance, report
+from repro import claims, provenance, report, runs
 from repro.__main__ import main
 from repro.files import ReproError
 
@@ -191,6 +195,29 @@ def test_every_verdict_that_the_text_shows_is_one_it_was_written_for():
     for ids in re.findall(r"#for id in \(([^)]*)\) \{ written-for", TEXT):
         written |= set(re.findall(r'"(\w+)"', ids))
     assert set(re.findall(r'#verdict\("(\w+)"', TEXT)) <= written
+
+
+def likeness(page, image):
+    """The greatest correlation of a grey image with a part of a grey page that is as large."""
+    of_image, ones = image - image.mean(), np.ones_like(image)
+    sums, squares = (fftconvolve(each, ones, "valid") for each in (page, page**2))
+    product = fftconvolve(page, of_image[::-1, ::-1], "valid")
+    variance = np.maximum(squares - sums**2 / image.size, image.size)
+    return (product / np.sqrt(variance * (of_image**2).sum())).max()
+
+
+def test_pictures_are_of_the_first_sample_seeds():
+    """The upper half of each grid, in which the first seed is and the 33rd is not."""
+    drawn = [Image.open(io.BytesIO(page)).convert("L") for page in report.build(form="png", ppi=100.0)]
+    pages = [np.asarray(page, float) for page in drawn]
+
+    def found(name, seed, page):  # an image is 40 to 41 pixels wide there
+        image = Image.fromarray(runs.load_run(f"lab/{name}").samples()[seed]).convert("L")
+        return max(likeness(page, np.asarray(image.resize((side, side)), float)) for side in (40, 41))
+
+    page = max(pages, key=lambda page: found("imagenet64-vit", 0, page))
+    for name in ("imagenet64-unet", "imagenet64-vit", "imagenet64-latent-vit", "celeba64-unet"):
+        assert found(name, 0, page) > 0.9 and found(name, 32, page) < 0.7, name
 
 
 def test_it_never_calls_our_distance_an_fid():
