@@ -403,11 +403,23 @@ def test_the_best_sampler_is_the_one_in_the_records(tmp_path, monkeypatch):
     assert above == pytest.approx([100 * (100 / 3 / expected[0][1] - 1), 0, 0, 0], rel=1e-4)
     deviation = np.log(1.2) / 2**0.5
     assert values["sampling_deviation"] == pytest.approx(deviation, rel=1e-4)
+    low, high = (deviation / stats.chi2.ppf(level, 1) ** 0.5 for level in (0.975, 0.025))  # two blocks
+    assert values["sampling_interval"] == pytest.approx([low, high], rel=1e-4)
+    assert values["unmeasured"] == {"imagenet64-x0-minsnr5": {"count": 0, "ways": []}}
     assert above[0] > 200 * 2**0.5 * deviation  # so that it is worse, beyond noise
     assert [row["Heun_is"] for row in values["best"]] == ["worse", "best", "best", "best"]
     assert len(values["measured"]["imagenet64-x0-minsnr5"]) == 14
     assert (out / "figures" / "sec4_5_samplers_vit.png").exists()
     assert "Heun, 2 steps from σ = 80" in (out / "tables" / "sec4_5_samplers_all.md").read_text()
+
+
+def test_what_is_not_measured_of_a_network_is_what_is_of_the_other():
+    values = json.loads((COMMITTED / "values" / "sec4_5_samplers.json").read_text())["values"]
+    ways = {name: {row["sampler"] for row in rows} for name, rows in values["measured"].items()}
+    one, other = ways
+    for name, expected in ((one, ways[other] - ways[one]), (other, ways[one] - ways[other])):
+        assert set(values["unmeasured"][name]["ways"]) == expected
+        assert values["unmeasured"][name]["count"] == len(expected)
 
 
 def test_theorem_1_of_gradients_that_are_known(tmp_path, monkeypatch):
