@@ -16,8 +16,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import tyro
-from pydantic import ValidationError
+try:
+    import tyro
+    from pydantic import ValidationError
+except ImportError as error:
+    sys.exit(f"{sys.executable} has no {error.name}: run make env, then .venv/bin/python -m repro")
 
 from repro import config
 from repro.files import ReproError
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Device = Annotated[str | None, tyro.conf.arg(metavar="cpu|cuda|cuda:N")]
 PROG = "python -m repro"
+MANY = 1_000
+"""Samples that take hours on a CPU."""
 
 
 def prepare(
@@ -293,6 +298,8 @@ def evaluate(name: str, arguments: list[str]) -> None:
         return
     denoiser = recorded.denoiser(place.device, average)
     first, samples = options.evaluate.first_seed, options.evaluate.samples
+    if place.device.type == "cpu" and samples >= MANY:
+        print(f"{samples:,} samples take hours on a CPU; a GPU is what this is for", file=sys.stderr)
     blocks = [replace(options.evaluate, first_seed=first + n * samples) for n in range(options.blocks)]
     measured = [
         replace(recorded.config, sample=how, evaluate=block)
@@ -508,7 +515,8 @@ def render(
 
     Args:
         ids: Outputs to render, such as fig9_celeba64_unet; with none, all.
-        param: Notebook parameters to change.
+        param: Notebook parameters to change; with output=NAME, since others are not drawn over what is
+            committed.
         force: Execute even where nothing has changed.
         list: Only list the ids.
     """
@@ -518,6 +526,11 @@ def render(
         print("\n".join(rendering.ids()))
         return
     overrides = rendering.parse_overrides([*param])
+    if overrides and "output" not in overrides and "REPRO_PAPER_OUT" not in os.environ:
+        raise ReproError(
+            "with other parameters an output would be drawn over the committed one of its name; add "
+            "output=mine, say, to -p"
+        )
     for id in ids or rendering.ids():
         rendering.render(id, overrides=overrides, force=force)
 

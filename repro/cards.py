@@ -177,7 +177,7 @@ def _details(run: runs.Run) -> list[str]:
             hashes = ", ".join(f"`{digest[:8]}…`" for digest in part.from_weights.values())
             told.append(
                 f"Began from: weights that were recorded of {part.from_run} (SHA-256 {hashes}), with a new "
-                "optimizer; where they are not there any more, the git history of its folder has them"
+                "optimizer; where they are not there any more, look into the git history of its folder"
             )
     terms = _terms(record.data.name)
     told.append(

@@ -21,11 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
-from statistics import NormalDist
 from typing import Literal
 
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
+from scipy import stats
 
 from repro import provenance
 from repro.files import ReproError
@@ -80,6 +80,8 @@ class Claim:
     """Keys of the number's confidence intervals, [low, high]: each must lie on the claimed side."""
     deviation: str | None = None
     """Key of the relative standard deviation of each of two measurements, where there are no intervals."""
+    freedom: str | None = None
+    """Key of the degrees of freedom with which that was found."""
     seeds: str | None = None
     """Key of a list with an entry for each seed."""
     sources: Sequence[str] = ("runs/*",)
@@ -151,7 +153,7 @@ def _claim(id: str, table: object, file: str) -> Claim:
 
 def _unsound(claim: Claim, table: dict) -> str | None:
     """What is wrong with a claim whose keys are each as they should be."""
-    for key in (*claim.paper, claim.deviation or "", claim.seeds or ""):
+    for key in (*claim.paper, claim.deviation or "", claim.freedom or "", claim.seeds or ""):
         if re.search("[*=]", key):
             return f"{key!r} must be the key of one thing"
     if not claim.tested:
@@ -169,6 +171,8 @@ def _unsound(claim: Claim, table: dict) -> str | None:
         return f"`{claim.compare}` takes no intervals: compare by one of {', '.join(OPERATORS)}"
     if claim.intervals and claim.deviation:
         return "it needs `intervals` or a `deviation`, not both"
+    if bool(claim.deviation) != bool(claim.freedom):
+        return "a `deviation` needs its degrees of `freedom`, and these a deviation"
     if claim.seeds and not claim.intervals:
         return "`seeds` says of how many the `intervals` are; give these"
     if (claim.intervals or claim.deviation) and claim.evidence != "lab scale":
@@ -356,12 +360,16 @@ def _ordered(
         (deviation,) = numbers(values, claim.deviation, where)
         if deviation <= 0 or min(map(min, pairs)) <= 0:
             raise ReproError(f"{where}: with {claim.deviation!r}, a share, all numbers must be above 0")
-        spread = math.exp(NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(2) * deviation)
+        (freedom,) = numbers(values, claim.freedom, where)
+        if freedom < 1:
+            raise ReproError(f"{where}: {claim.freedom!r}, degrees of freedom, must be 1 or more")
+        spread = math.exp(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(2) * deviation)
         bounds = [(x / y / spread, x / y * spread) for x, y in pairs]
         sides = [_side(order, low, high, 1.0) for low, high in bounds]
         told = f", {_span([x / y for x, y in pairs])} times the other, {CONFIDENCE:.0%} interval "
+        told += ", ".join(f"{low:.3g} to {high:.3g}" for low, high in bounds)
         passed = False if False in sides else None if None in sides else True
-        return passed, told + ", ".join(f"{low:.3g} to {high:.3g}" for low, high in bounds)
+        return passed, f"{told} ({freedom:g} degrees of freedom)"
     once = ", no interval: measured once" if claim.evidence == "lab scale" else ""
     return all(order(x, y) for x, y in pairs), once
 

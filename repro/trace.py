@@ -295,9 +295,7 @@ def _tell_run(found: Trace, name: str, folder: str, about: dict | None, weights:
             if began := part.get("from_weights"):
                 told = ", ".join(_short(digest) for digest in began.values())
                 whose = f"those of {part['from_run']}" if part.get("from_run") else "others"
-                now = (
-                    "recorded here" if set(began.values()) <= set(weights.values()) else "of its git history"
-                )
+                now = "recorded here" if set(began.values()) <= set(weights.values()) else "not here any more"
                 found.say("", f"began from weights {told}: {whose}, {now}", 3)
         found.say("data", f"{data['name']}, fingerprint {_short(data['fingerprint'])}", 3)
     if not weights:

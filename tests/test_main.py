@@ -423,6 +423,19 @@ def test_presets_lists_all(capsys):
     assert "imagenet64, classifier, 76.8M images" in text  # which has no target and no loss weight
 
 
+def test_render_does_not_draw_other_parameters_over_a_committed_output(capsys, monkeypatch):
+    monkeypatch.delenv("REPRO_PAPER_OUT", raising=False)
+    assert main(["render", "fig9_celeba64_unet", "-p", "rows=1"]) == 1
+    assert "add output=mine" in capsys.readouterr().err
+
+
+def test_another_python_without_our_packages_says_which_to_take():
+    script = "import runpy, sys; sys.modules['tyro'] = None; runpy.run_module('repro', run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 1 and "run make env, then .venv/bin/python -m repro" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
 def test_render_lists_the_outputs(capsys):
     assert "fig9_celeba64_unet" in helped(capsys, "render", "--list").split()
 

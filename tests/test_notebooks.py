@@ -386,7 +386,8 @@ def test_the_best_sampler_is_the_one_in_the_records(tmp_path, monkeypatch):
     for changes in (guided, {"guidance": 1.5}):  # better than all, but no sampler's merit
         told = {"sample": config.sample_json(replace(config.Sample(steps=2), **changes)), "value": 0.1}
         files.append_line(run.path / "metrics.jsonl", {**line, **told, "evaluations": 3})
-    for block, value in ((2_000_000, 10.0), (2_000_050, 12.0)):  # of the run's own sampler
+    blocks = (10.0, 11.0, 10.5, 10.2, 10.8)  # of the run's own sampler
+    for block, value in zip(range(2_000_000, 2_000_250, 50), blocks, strict=True):
         told = {"sample": config.sample_json(run.sample), "first_seed": block, "value": value}
         files.append_line(run.path / "metrics.jsonl", {**line, **told})
     for how in (config.Sample(steps=2), config.Sample(sampler="ancestral", steps=2)):
@@ -401,12 +402,14 @@ def test_the_best_sampler_is_the_one_in_the_records(tmp_path, monkeypatch):
     assert found == [(solver, pytest.approx(value, rel=1e-4)) for solver, value in expected]
     above = [row["Heun_above_the_best_percent"] for row in values["best"]]
     assert above == pytest.approx([100 * (100 / 3 / expected[0][1] - 1), 0, 0, 0], rel=1e-4)
-    deviation = np.log(1.2) / 2**0.5
+    deviation = np.std(np.log(blocks), ddof=1)
     assert values["sampling_deviation"] == pytest.approx(deviation, rel=1e-4)
-    low, high = (deviation / stats.chi2.ppf(level, 1) ** 0.5 for level in (0.975, 0.025))  # two blocks
+    low, high = (deviation * (4 / stats.chi2.ppf(level, 4)) ** 0.5 for level in (0.975, 0.025))
     assert values["sampling_interval"] == pytest.approx([low, high], rel=1e-4)
     assert values["unmeasured"] == {"imagenet64-x0-minsnr5": {"count": 0, "ways": []}}
-    assert above[0] > 200 * 2**0.5 * deviation  # so that it is worse, beyond noise
+    beyond = 100 * (np.exp(stats.t.ppf(0.975, 4) * 2**0.5 * deviation) - 1)
+    assert values["worse_beyond_percent"] == pytest.approx(beyond, rel=1e-4)
+    assert values["sampling_freedom"] == 4 and above[0] > beyond  # so that it is worse, beyond noise
     assert [row["Heun_is"] for row in values["best"]] == ["worse", "best", "best", "best"]
     assert len(values["measured"]["imagenet64-x0-minsnr5"]) == 14
     assert (out / "figures" / "sec4_5_samplers_vit.png").exists()
