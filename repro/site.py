@@ -347,11 +347,15 @@ def _index_page(home: Path, out: Path, outputs: dict[str, str]) -> str:
     body = f"<h1>Min-SNR, reproduced</h1>\n<p>{ABOUT}</p>\n<h2>Verdicts</h2>\n<ul>\n"
     for verdict in told.VERDICTS:
         body += f"<li>{values['counts'].get(verdict.replace(' ', '_'), 0)} {verdict}</li>\n"
-    body += f'</ul>\n<p><a href="#claims">All {values["total"]} claims</a></p>\n<h2>Figures and tables</h2>\n'
+    body += f'</ul>\n<p><a href="#claims">All {values["total"]} claims</a>'
+    if (home / "report.pdf").is_file():
+        body += ', and <a href="paper/report.pdf">the replication report</a> (PDF)'
+    body += "</p>\n<h2>Figures and tables</h2>\n"
     stems = sorted(path.stem for path in (home / "figures").glob("*.png"))
     for id, title in outputs.items():
         page = f"notebooks/{id}.html"
-        body += f'<section>\n<h3 id="output-{id}"><a href="{page}">{escape(title)}</a></h3>\n'
+        heading = f"{title}: {id}" if [*outputs.values()].count(title) > 1 else title
+        body += f'<section>\n<h3 id="output-{id}"><a href="{page}">{escape(heading)}</a></h3>\n'
         body += f"<p><code>{id}</code></p>\n"
         body += "".join(_thumbnail(out, stem, title) for stem in stems if _owner(stem, outputs) == id)
         body += "</section>\n"

@@ -189,6 +189,17 @@ def test_every_link_and_picture_resolves_and_nothing_comes_from_elsewhere(checko
     }
 
 
+def test_the_index_leads_to_the_report_and_tells_outputs_of_one_notebook_apart(checkout):
+    out = site.build(checkout / "site", checkout).parent
+    assert "report.pdf" not in (out / "index.html").read_text()
+    (checkout / "paper" / "report.pdf").write_bytes(b"%PDF")
+    out = site.build(checkout / "site", checkout).parent
+    check(out)
+    assert (out / "paper" / "report.pdf").read_bytes() == b"%PDF"
+    headings = re.findall(r"<h3 .*?>(.*?)</a></h3>", (out / "index.html").read_text())
+    assert len(headings) > 1 and len(set(headings)) == len(headings)
+
+
 def test_the_index_has_verdicts_figures_and_every_claim(checkout):
     page = read(site.build(checkout / "site", checkout).parent)["index.html"]
     values = json.loads((checkout / "paper" / "values" / "claims.json").read_text())["values"]
