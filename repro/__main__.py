@@ -612,6 +612,8 @@ def verify(
 
     found: list[verifying.Finding] = []
     about = verifying.about(level) if report else {}
+    if report:  # now, as it may be a place that cannot be written to, and nothing may be found
+        files.write_json(report, verifying.report(found, about))
 
     def tell(findings: Iterable[verifying.Finding]) -> None:
         for finding in findings:

@@ -305,9 +305,8 @@ def test_runs_are_shared_out_among_gpus_by_commands(monkeypatch):
         list(verify.shared_out(["lab/vit-lr1e-3"], ["cuda:0"]))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="of a device that is not there")
 def test_a_true_command_that_fails_is_a_finding_with_its_last_words():
-    (finding,) = verify.shared_out(["lab/imagenet64-x0-minsnr5"], ["cuda:0"])
+    (finding,) = verify.shared_out(["lab/imagenet64-x0-minsnr5"], ["cuda:99"])  # which no machine has
     assert finding.name == "lab/imagenet64-x0-minsnr5" and not finding.well
     assert finding.told.startswith("measuring it failed: ") and "cuda" in finding.told.lower()
 
@@ -323,6 +322,17 @@ def test_all_gpus_are_taken_but_where_one_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert main(["verify", "lab/one", "--level", "checkpoints"]) == 0
     assert asked == [(("lab/one",), ["cuda:0", "cuda:1"]), (None, "cuda:1"), (("lab/one",), "cuda")]
+
+
+def test_a_report_is_there_before_anything_is_measured_and_where_nothing_is(monkeypatch, tmp_path, capsys):
+    report, asked = tmp_path / "report.json", []
+    monkeypatch.setattr(verify, "remeasured", lambda *how: asked.append(report.is_file()) or [])
+    assert main(["verify", "--level", "checkpoints", "--device", "cpu", "--report", str(report)]) == 0
+    assert asked == [True] and json.loads(report.read_text())["count"] == 0
+    (tmp_path / "file").write_text("")
+    nowhere = str(tmp_path / "file" / "report.json")
+    assert main(["verify", "--level", "checkpoints", "--device", "cpu", "--report", nowhere]) == 1
+    assert asked == [True]  # nothing was measured in vain
 
 
 def test_what_was_found_before_it_was_stopped_is_in_the_report(monkeypatch, tmp_path):
