@@ -381,6 +381,7 @@ def measure(
     few: int = 5_000,
     many: int = 50_000,
     blocks: int = 3,
+    few_blocks: int = 10,
     dry_run: bool = False,
     compile: bool = True,
     device: Device = None,
@@ -396,13 +397,14 @@ def measure(
         few: Samples by each way of drawing.
         many: Samples of a block.
         blocks: Blocks of disjoint seeds.
+        few_blocks: Blocks of `few` samples, by which it is told whether two samplers differ.
         dry_run: Only list what is missing (but, before the sweep is whole, not what its best is needed for).
         compile: Compile networks; --no-compile is quicker for few samples.
         device: By default all GPUs.
     """
     from repro import measure as measuring
 
-    sizes = measuring.Sizes(few=few, many=many, blocks=blocks)
+    sizes = measuring.Sizes(few=few, many=many, blocks=blocks, few_blocks=few_blocks)
     if not dry_run:
         measuring.measure(run, sizes, device, compile)
         return

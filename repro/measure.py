@@ -10,6 +10,7 @@ other. What the record has is left out, so that a measurement that was stopped g
 - its best on the reported seeds, and rows of pictures: by it, without guidance, and without churn;
 - samplers over their evaluations, and rows of pictures by some of them;
 - blocks of samples on disjoint seeds, with the first precision, recall and nearest training images;
+- smaller blocks, as many samples as of each sampler: how far apart two samplers must be to differ;
 - other precisions, on the sweep's seeds.
 """
 
@@ -51,12 +52,14 @@ class Sizes:
     many: int = 50_000
     """Samples of a block."""
     blocks: int = 3
+    few_blocks: int = 10
+    """Blocks of `few`: their deviation is what samplers are compared by."""
     pictures: int = 12
     """In a row that shows guidance."""
     pictures_by_sampler: int = 8
 
     def __post_init__(self):
-        if min(self.few, self.many) < 2 or self.blocks < 1:
+        if min(self.few, self.many) < 2 or min(self.blocks, self.few_blocks) < 1:
             raise ReproError("measure needs 2 samples or more each time (few, many), and 1 block or more")
 
 
@@ -123,11 +126,12 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
     """
     own, first = run.sample, run.config.evaluate.first_seed
     chosen, ten = best(run, sizes), run.config.evaluate.samples
-    if first < ELSEWHERE < first + sizes.blocks * sizes.many:
-        raise ReproError(
-            f"{sizes.blocks} blocks of {sizes.many:,} samples would reach the sweep's seeds, from "
-            f"{ELSEWHERE:,} on; take fewer"
-        )
+    for blocks, samples in ((sizes.blocks, sizes.many), (sizes.few_blocks, sizes.few)):
+        if first < ELSEWHERE < first + blocks * samples:
+            raise ReproError(
+                f"{blocks} blocks of {samples:,} samples would reach the sweep's seeds, from "
+                f"{ELSEWHERE:,} on; take fewer"
+            )
     work = _shared(run, "samplers", listed("imagenet64-samplers", own), sizes.few, first, parts)
     for block in range(sizes.blocks):
         seed, further = first + block * sizes.many, ()
@@ -141,6 +145,14 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
             lines = lines if {"nearest", "precision", "recall"} <= named else []
         if not lines:
             work.append(_evaluate(run, f"block {block}", [own], sizes.many, seed, further))
+    small = [first + block * sizes.few for block in range(sizes.few_blocks)]
+    measured = [bool(_lines(run, own, sizes.few, seed)) for seed in small]
+    if sizes.few_blocks > 1 and not all(measured):
+        start = measured.index(False)  # from there on all, by one command, which compiles once
+        further = ("--blocks", str(len(small) - start))
+        work.append(
+            _evaluate(run, "small blocks", [own], sizes.few, small[start], further, len(small) - start)
+        )
     for precision in ("fp32", "fp16"):
         if not _lines(run, own, sizes.few, ELSEWHERE, precision):
             further = ("--precision", precision)
@@ -171,9 +183,11 @@ def _evaluate(
     samples: int,
     first: int,
     further: tuple[str, ...] = (),
+    blocks: int = 1,
 ) -> Work:
     arguments = ("--evaluate.samples", str(samples), "--evaluate.first-seed", str(first), *further)
-    return Work("evaluate", told, arguments, tuple(ways), samples * sum(_passes(run, how) for how in ways))
+    passes = blocks * samples * sum(_passes(run, how) for how in ways)
+    return Work("evaluate", told, arguments, tuple(ways), passes)
 
 
 def _shared(

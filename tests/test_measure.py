@@ -61,7 +61,9 @@ class Commands:
             drawn = int(given["--evaluate.samples"]), int(given["--evaluate.first-seed"])
             for n, how in enumerate(one.settings):
                 far = 20.0 if (how.guidance, how.churn, how.steps) == (*self.best, 20) else 30.0 + n
-                self.append(line(run, how, *drawn, far, given.get("--precision", "bf16")))
+                for block in range(int(given.get("--blocks", 1))):
+                    seed = drawn[1] + block * drawn[0]
+                    self.append(line(run, how, drawn[0], seed, far, given.get("--precision", "bf16")))
                 kinds = {"--neighbours": ["nearest"], "--precision-recall": ["precision", "recall"]}
                 for kind in [kind for key in kinds if key in one.arguments for kind in kinds[key]]:
                     samples = drawn[0] if kind == "nearest" else 8747
@@ -146,11 +148,24 @@ def test_a_sweep_is_done_first_and_then_its_best_is_measured_and_drawn(record, m
     assert order.index("pictures by guidance") < order.index("pictures by samplers")
     seeds = [by_name[f"block {n}"].arguments[3] for n in range(3)]
     assert seeds == ["1000000", "1050000", "1100000"]
+    assert by_name["small blocks"].arguments[1::2] == ("5000", "1000000", "10")
     assert by_name["fp32"].arguments[-2:] == ("--precision", "fp32")
     # 39 evaluations of Heun's 20 steps, guided: 78 passes an image
     assert by_name["block 1"].passes == 50_000 * 78
     assert measure.missing(NAME) == []
     assert not list(record.parents[2].glob("measure-*"))  # logs of what went well
+
+
+def test_small_blocks_are_measured_from_the_first_that_is_missing(record, monkeypatch, three_gpus):
+    monkeypatch.setattr(measure, "_run", Commands(record))
+    measure.measure(NAME)
+    lines = [json.loads(each) for each in (record / "metrics.jsonl").read_text().splitlines()]
+    kept = [m for m in lines if m["first_seed"] not in (1_010_000, 1_045_000)]
+    (record / "metrics.jsonl").write_text("".join(json.dumps(m) + "\n" for m in kept))
+    (left,) = measure.missing(NAME)
+    assert left.arguments[1::2] == ("5000", "1010000", "8")
+    assert left.passes == 8 * 5_000 * 78
+    assert measure.missing(NAME, Sizes(few_blocks=2)) == []
 
 
 def test_the_longest_work_comes_first(record, monkeypatch):
@@ -273,6 +288,8 @@ def test_runs_that_cannot_be_measured_so_are_refused(record, capsys, monkeypatch
         for how in measure.sweep(run):
             Commands(record).append(line(run, how, 5000, measure.ELSEWHERE, 30.0))
         measure.second_part(runs.load_run(NAME), Sizes(many=1_000_000))
+    with pytest.raises(ReproError, match="500 blocks of 5,000 samples would reach the sweep's seeds"):
+        measure.second_part(runs.load_run(NAME), Sizes(few_blocks=500))
 
 
 def test_the_command_lists_what_is_missing(record, capsys):
