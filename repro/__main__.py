@@ -157,7 +157,8 @@ class SampleOptions:
     """First seed, and the one after the last."""
     batch: int = 64
     """Images at a time; does not change them."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "fp32"
+    """Of the network's products; fp8 is for ViTs on a GPU since Ada or Hopper, bf16 around the products."""
     record: bool = False
     """Draw the run's samples.png anew, and record it, instead of writing single images."""
     settings: Path | None = None
@@ -248,7 +249,8 @@ class EvaluateOptions:
     record: bool = True
     """Append to metrics.jsonl; --no-record only prints (but the hash of a reference that is downloaded for
     protocol edm is kept in paper/released.json, which must be writable)."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    """Of the network's products; fp8 is for ViTs on a GPU since Ada or Hopper, bf16 around the products."""
     settings: Path | None = None
     """JSON file of a list of samplers, [{"sampler": "ancestral", "eta": 1}, {"steps": 30}, ...]: measure each
     in turn, on a network compiled once. What does not name a sampler changes the run's own. By default the

@@ -11,7 +11,7 @@ other. What the record has is left out, so that a measurement that was stopped g
 - samplers over their evaluations, and rows of pictures by some of them;
 - blocks of samples on disjoint seeds, with the first precision, recall and nearest training images;
 - smaller blocks, as many samples as of each sampler: how far apart two samplers must be to differ;
-- other precisions, on the sweep's seeds.
+- other precisions, on the sweep's seeds: float8 too of a ViT, which needs a GPU since Ada or Hopper.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
         work.append(
             _evaluate(run, "small blocks", [own], sizes.few, small[start], further, len(small) - start)
         )
-    for precision in ("fp32", "fp16"):
+    for precision in ("fp32", "fp16") + (("fp8",) if run.config.model.kind == "vit" else ()):
         if not _lines(run, own, sizes.few, ELSEWHERE, precision):
             further = ("--precision", precision)
             work.append(_evaluate(run, precision, [own], sizes.few, ELSEWHERE, further))

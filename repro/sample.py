@@ -6,17 +6,20 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from operator import attrgetter
 from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
 from repro import classifier, config, cuda_graph, guidance, provenance, samplers, schedules
 from repro.denoiser import Denoiser
 from repro.files import ReproError
+from repro.models import vit_fused
+from repro.models.vit import ViT
 
 LABEL_SEEDS = 2**31
 """Added to a seed for its label's generator. torch's CPU generator looks at the low 32 bits of a seed
@@ -200,6 +203,19 @@ def _recorded(
     return found.with_net(runs.compiled(found.net.to(memory_format=torch.channels_last)))
 
 
+def _networks(denoiser: Denoiser, sample: config.Sample) -> list[nn.Module]:
+    """Those that drawing as `sample` says asks: the denoiser's, that of low noise, and the classifier's."""
+    if sample.low_noise is None and sample.classifier is None:
+        return [denoiser.net]
+    asked, device = [denoiser], next(denoiser.net.parameters()).device
+    compiled = hasattr(denoiser.net, "_orig_mod")
+    if sample.low_noise is not None:
+        asked.append(_recorded(sample.low_noise, _hashes(sample.low_noise), device, compiled))
+    if sample.classifier is not None:
+        asked.append(_recorded(sample.classifier, _hashes(sample.classifier), device, compiled, True))
+    return [each.net for each in asked]
+
+
 def captured(denoise: guidance.LabelledDenoiser) -> guidance.LabelledDenoiser:
     """The same denoiser, after a few calls as one CUDA graph: network, guidance and a classifier's gradient.
 
@@ -271,23 +287,25 @@ def generate(
 ) -> Iterator[UInt8[Tensor, "n c h w"]]:
     """Images for `seeds`, in order, as uint8 batches on `device`; of latents, decoded.
 
-    denoiser: on `device`, possibly with a compiled network. precision: "fp32", or "bf16" or "fp16" for
-    autocast.
+    denoiser: on `device`, possibly with a compiled network. precision: as in `autocast`.
     sample: how to sample; by default as the run's configuration says. labels: a class for each seed;
     by default drawn from the seeds. Every batch has exactly `batch` images, the last one filled up by
     repeating its last seed and cut again, since a compiled network has fixed shapes. cuda_graphs: on a GPU,
     replay network and guidance as a CUDA graph; worth it from some ten steps on. Without effect on a limited
     guidance interval and on another network of low noise, which look at sigma.
+
+    Raises, before it draws, `ReproError` for what cannot be drawn so, such as "fp8" but by ViTs.
     """
     from repro import latents  # which imports this module
 
-    cast = autocast(device, precision)
     seeds = list(seeds)
     sample = sample or run.sample
     shape = (run.data.channels, run.data.resolution, run.data.resolution)
     if labels is None and run.data.classes:
         labels = labels_for(seeds, run.data.classes)
     check_low_noise(run, sample)
+    nets = _networks(denoiser, sample) if precision == "fp8" else []
+    check_precision(device, precision, nets)
     labelled = guided(denoiser, sample)
     looks_at_sigma = sample.guidance_interval is not None or sample.low_noise is not None
     if cuda_graphs and torch.device(device).type == "cuda" and not looks_at_sigma:
@@ -298,33 +316,68 @@ def generate(
         padded = chosen + [chosen[-1]] * (batch - len(chosen))
         noise = SeedNoise([seeds[i] for i in padded], shape, device, ahead=stochastic)
         some = None if labels is None else labels[padded].to(device)
-        with cast:
+        with autocast(device, precision, nets):
             images = sample_batch(denoiser, sample, noise, some, labelled)
             if run.data.autoencoder:
                 images = latents.decode(images, run.data.autoencoder)
         if not torch.isfinite(images).all():  # which would pass for black as uint8
+            others = "bf16 or fp32" if precision in ("fp16", "fp8") else "fp32"
             raise ReproError(
-                f"an image drawn in {precision} is not finite; try the precision "
-                f"{'bf16 or fp32' if precision == 'fp16' else 'fp32'}, or fewer steps from a lower sigma_max"
+                f"an image drawn in {precision} is not finite; try the precision {others}, or fewer steps "
+                "from a lower sigma_max"
             )
         yield to_uint8(images[: len(chosen)])
 
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Precisions, and what the network's products are computed in where that is not float32."""
+AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
+"""Precisions, and what the network's products are computed in where that is not float32.
+
+"fp8": of a ViT's blocks, three products of four are of float8 numbers; what surrounds them is in bfloat16.
+"""
 
 
-def autocast(device: str | torch.device, precision: str) -> torch.autocast:
-    """A block in which the network runs in that precision on `device`; `ReproError` for an unknown one."""
+def check_precision(device: str | torch.device, precision: str, nets: Sequence[nn.Module] = ()) -> None:
+    """Raise `ReproError` for an unknown precision, and for "fp8" where not all of `nets` can compute in it.
+
+    They must be ViTs of sizes that `vit_fused.check_fp8` takes, on a GPU that it takes.
+    """
     if precision not in AUTOCAST:
         raise ReproError(f"unknown precision {precision!r}; known are {', '.join(AUTOCAST)}")
+    if precision != "fp8":
+        return
+    plain = [getattr(net, "_orig_mod", net) for net in nets]
+    others = [type(net).__name__ for net in plain if not isinstance(net, ViT)]
+    if others or not plain:
+        raise ReproError(
+            "the precision fp8 is for drawing with ViTs alone (model.kind vit), without a classifier"
+            + (f", and this takes a network of another kind, {others[0]}" if others else "")
+            + ": take bf16"
+        )
+    for net in plain:
+        net.check_fp8(device)
+
+
+@contextmanager
+def autocast(device: str | torch.device, precision: str, nets: Sequence[nn.Module] = ()) -> Iterator[None]:
+    """A block in which networks run in that precision on `device`.
+
+    precision: "fp32"; "bf16" or "fp16" for autocast; or "fp8", to sample with `nets`: products qkv, fc1 and
+    fc2 are then of float8 numbers and the rest as in "bf16", and gradients are refused. Raises what
+    `check_precision` does.
+    """
+    check_precision(device, precision, nets)
     dtype = AUTOCAST[precision]
     # Up to torch 2.11, what is cached of a compiled network says that it runs in half precision, but not in
     # which of the two: another process's bfloat16 would be taken for float16 (pytorch/pytorch, pull request
     # 181564).
     told = os.environ.get("TORCH_COMPILE_CACHE_KEY_TAG", ""), _operators(), precision
     torch.compiler.config.cache_key_tag = "".join(told)
-    return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
+    kind = torch.device(device).type
+    with (
+        vit_fused.products(float8=precision == "fp8"),
+        torch.autocast(kind, dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
+        yield
 
 
 @lru_cache

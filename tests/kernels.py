@@ -39,3 +39,24 @@ def patch_once() -> None:
         return function.rewrite()(*arguments, **options)
 
     interpreter.InterpretedFunction.__call__ = call
+
+
+def round_to_float8() -> None:
+    """In a process of Triton's interpreter: round to float8 as GPUs do, to the nearest, of two the even one.
+
+    Its own rounding loses what is carried into the exponent (125 becomes 64), and knows no NaN.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def rounded(data, of, to, rounding_mode):
+        if to != tl.float8e4nv:
+            return convert(data, of, to, rounding_mode)
+        assert of == tl.float32
+        x = torch.from_numpy(np.asarray(data, np.float32)).clamp(-448, 448)  # of more, GPUs give the most too
+        return x.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+
+    interpreter._convert_float = rounded

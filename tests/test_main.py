@@ -514,6 +514,7 @@ def test_bad_values_are_named(capsys):
         (["sample", NAME, "--batch", "0"], "--batch 0: give at least 1 image at a time"),
         (["evaluate", NAME, "--batch", "-2"], "--batch -2: give at least 1 image at a time"),
         (["sample", NAME, "--device", "cuda"], "the device cuda was asked for, but torch sees no GPU"),
+        (["sample", NAME, "--precision", "fp8"], "fp8 is for drawing with ViTs alone (model.kind vit)"),
     ],
 )
 def test_impossible_requests_are_refused_before_anything_is_drawn(

@@ -149,7 +149,8 @@ def test_a_sweep_is_done_first_and_then_its_best_is_measured_and_drawn(record, m
     seeds = [by_name[f"block {n}"].arguments[3] for n in range(3)]
     assert seeds == ["1000000", "1050000", "1100000"]
     assert by_name["small blocks"].arguments[1::2] == ("5000", "1000000", "10")
-    assert by_name["fp32"].arguments[-2:] == ("--precision", "fp32")
+    for precision in ("fp32", "fp16", "fp8"):
+        assert by_name[precision].arguments[-2:] == ("--precision", precision)
     # 39 evaluations of Heun's 20 steps, guided: 78 passes an image
     assert by_name["block 1"].passes == 50_000 * 78
     assert measure.missing(NAME) == []
@@ -166,6 +167,19 @@ def test_small_blocks_are_measured_from_the_first_that_is_missing(record, monkey
     assert left.arguments[1::2] == ("5000", "1010000", "8")
     assert left.passes == 8 * 5_000 * 78
     assert measure.missing(NAME, Sizes(few_blocks=2)) == []
+
+
+def test_float8_is_measured_of_vits_alone(record, monkeypatch):
+    """The record is taken for one of a UNet."""
+    run = runs.load_run(NAME)
+    for how in measure.sweep(run):
+        Commands(record).append(line(run, how, 5000, measure.ELSEWHERE, 30.0))
+    of_vit = {one.told for works in measure.second_part(runs.load_run(NAME)) for one in works}
+    values = json.loads((record / "run.json").read_text())
+    values["config"]["model"] = {"kind": "unet", "null_class": True}
+    (record / "run.json").write_text(json.dumps(values))
+    of_unet = {one.told for works in measure.second_part(runs.load_run(NAME)) for one in works}
+    assert of_vit - of_unet == {"fp8"}
 
 
 def test_the_longest_work_comes_first(record, monkeypatch):

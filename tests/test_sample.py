@@ -11,6 +11,7 @@ from scipy import stats
 
 from repro import config, denoiser, presets, runs, sample, samplers, schedules
 from repro.files import ReproError
+from repro.models import vit_fused
 
 MIXTURE = Mixture()
 RUN = config.Config(
@@ -310,8 +311,73 @@ def test_guidance_of_an_unconditional_network_is_refused():
 
 
 def test_unknown_precision_is_refused():
-    with pytest.raises(ValueError, match="unknown precision 'fp8'; known are fp32, bf16, fp16"):
-        images_of(range(2), precision="fp8")
+    with pytest.raises(ValueError, match="unknown precision 'fp4'; known are fp32, bf16, fp16, fp8"):
+        images_of(range(2), precision="fp4")
+
+
+@pytest.fixture
+def no_noise(monkeypatch):
+    """Nothing may be drawn."""
+    monkeypatch.setattr(sample, "SeedNoise", lambda *_, **__: pytest.fail("noise is drawn"))
+
+
+@pytest.mark.parametrize(
+    "name, kind", [("lab/imagenet64-unet", "ADMUNet"), ("lab/imagenet64-x0-minsnr5", None)]
+)
+def test_float8_is_refused_to_networks_that_have_none_by_name(name, kind, no_noise):
+    """A UNet, and a ViT that a classifier guides."""
+    recorded = runs.load_run(name)
+    how, D = recorded.config.sample, recorded.denoiser()
+    if kind is None:
+        how = dataclasses.replace(recorded.config.evaluate.also[0], steps=3)
+        assert how.classifier
+    message = "fp8 is for drawing with ViTs alone .* takes a network of another kind, "
+    with pytest.raises(ReproError, match=message + (kind or "")) as raised:
+        next(sample.generate(D, recorded.config, [0], 1, "cpu", "fp8", how))
+    assert str(raised.value).endswith(": take bf16")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_float8_is_refused_on_a_cpu_before_anything_is_drawn(no_noise, compiled):
+    recorded = runs.load_run("lab/imagenet64-vit")
+    D = recorded.denoiser()
+    if compiled:
+        D.net = torch.compile(D.net)
+    with pytest.raises(ReproError, match="the precision fp8 needs an NVIDIA GPU, and this is cpu"):
+        next(sample.generate(D, recorded.config, [0], 1, "cpu", "fp8"))
+
+
+def test_float8_is_refused_where_no_network_is_named():
+    """As where an autoencoder encodes, or a loss is measured."""
+    with pytest.raises(ReproError, match="the precision fp8 is for drawing with ViTs alone"):
+        with sample.autocast("cuda", "fp8"):
+            pass
+
+
+def test_float8_reaches_a_vit_that_draws_and_ends_with_it(monkeypatch):
+    """And the network for low noise: both are checked before, for their sizes."""
+    seen, checked = [], []
+    monkeypatch.setattr(vit_fused, "check_fp8", lambda *sizes: checked.append(sizes))
+
+    def can_take(z, heads):
+        seen.append((vit_fused.fp8, torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")))
+        return False
+
+    monkeypatch.setattr(vit_fused, "can_take", can_take)
+    recorded = runs.load_run("lab/imagenet64-vit")
+    low = dict(low_noise="lab/imagenet64-x0-minsnr5", low_noise_below=1.0)
+    how = dataclasses.replace(recorded.sample, steps=2, guidance=1.0, **low)
+    monkeypatch.setattr(sample, "check_low_noise", lambda *_: None)
+    drawing = sample.generate(recorded.denoiser(), recorded.config, range(2), 1, "cpu", "fp8", how)
+    next(drawing)
+    assert set(seen) == {(True, True, torch.bfloat16)}
+    assert {*checked} == {("cpu", 258, 384, 6, 1536), ("cpu", 258, 192, 3, 768)}
+    assert not vit_fused.fp8  # while the images are looked at
+    next(drawing)
+    with sample.autocast("cpu", "fp8", [recorded.denoiser().net]):
+        with sample.autocast("cpu", "bf16"):
+            assert not vit_fused.fp8
+        assert vit_fused.fp8
 
 
 def test_an_image_that_is_not_finite_is_no_black_image():
@@ -339,7 +405,7 @@ def test_half_precisions_reach_the_networks_multiplications_and_change_little():
             seen.add(out.dtype)
             return out.view_as(x)
 
-    for precision in sample.AUTOCAST:
+    for precision in ("fp32", "bf16", "fp16"):
         D = denoiser.Denoiser(Linear(), schedules.cosine_vp(), denoiser.EPS)
         drawn[precision] = images_of(range(2), run=UNLABELLED, D=D, precision=precision).float()
     assert seen == {torch.float32, torch.bfloat16, torch.float16}
@@ -400,8 +466,9 @@ def test_noise_in_inference_mode():
         torch.testing.assert_close(sample.SeedNoise([0, 1], (3, 8, 8))(), expected, rtol=0, atol=0)
 
 
-def test_what_is_cached_of_a_compiled_network_tells_its_precision():
+def test_what_is_cached_of_a_compiled_network_tells_its_precision(monkeypatch):
     """Which torch 2.11 by itself does not: its cache gives bfloat16's kernels for float16."""
+    monkeypatch.setattr(sample, "check_precision", lambda *_: None)
     tags = set()
     for precision in sample.AUTOCAST:
         with sample.autocast("cpu", precision):
@@ -466,3 +533,26 @@ def test_sampling_by_a_cuda_graph_is_sampling(precision, compiled, unchecked):
             for graphs in (True, False)  # the graph first: what it needs is compiled while it warms up
         )
         assert (one - other).abs().mean() < (0.05 if precision == "fp32" else 1)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="products of float8 numbers need a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_float8_changes_images_a_little(compiled, unchecked):
+    """By a CUDA graph and without, guided, and beside bfloat16 drawn before and after by the same network."""
+    if torch.cuda.get_device_capability() < vit_fused.FP8_CAPABILITY:
+        pytest.skip("this GPU multiplies no float8 numbers")
+    recorded = runs.load_run("lab/imagenet64-vit")
+    D = recorded.denoiser("cuda")
+    if compiled:
+        D.net = runs.compiled(D.net)
+
+    def images(precision, graphs=True):
+        drawn = sample.generate(
+            D, recorded.config, range(7), 4, "cuda", precision, recorded.sample, cuda_graphs=graphs
+        )
+        return torch.cat(list(drawn)).float()
+
+    before, float8, plain, after = images("bf16"), images("fp8"), images("fp8", False), images("bf16")
+    assert torch.equal(before, after)
+    assert 0.05 < (float8 - before).abs().mean() < 8
+    assert (float8 - plain).abs().mean() < 0.5 * (float8 - before).abs().mean()

@@ -17,7 +17,7 @@ from kernels import of_kernels
 from released import listed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repro import config, presets
+from repro import config, presets, sample
 from repro.files import ReproError
 from repro.models import vit_fused
 from repro.models.vit import ViT, unpatchify
@@ -433,6 +433,162 @@ def test_blocks_by_kernels_give_every_parameter_its_gradient(by_kernels, case):
     assert max(found[:17] + found[18:]) < 2e-3
 
 
+# The kernels, and products, of float8 numbers
+
+
+@pytest.fixture(scope="module")
+def in_fp8(by_kernels):
+    if "fp8 blocks" not in by_kernels:
+        pytest.skip("this GPU multiplies no float8 numbers")
+    return by_kernels
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["fp8 sum and norm", "fp8 sum and norm, one part", "fp8 sum and norm, masked", "fp8 norm alone",
+     "fp8 gelu", "fp8 gelu, one part", "fp8 gelu, masked"],
+)  # fmt: skip
+def test_rows_of_float8_are_rounded_once_over_scales_of_their_own(in_fp8, case):
+    """Beside float64 rounded so: but for some numbers about halfway between two, which may be the other."""
+    share, most, of_scale, of_all, *of_sum = in_fp8[case]
+    assert share < 5e-3 and most <= 0.125  # a step, of a number right above a power of 2
+    assert of_scale < 2e-6 and abs(of_all - 1) < 1e-3
+    assert all(error < 1e-6 for error in of_sum)
+
+
+def test_rows_of_zeros_stay_zeros_and_what_is_not_finite_stays_so(in_fp8):
+    of_gelu, of_norm = in_fp8["fp8 rows that are special"]
+    assert of_gelu[0] == of_norm[0] == [96, 0, True]
+    for row in range(1, 5):  # a NaN or an infinity in one place
+        assert of_gelu[row][1] >= 1 and of_norm[row][1] == 96
+    assert of_gelu[5:] == of_norm[5:] == [[0, 0, True]] * 3
+
+
+@pytest.mark.parametrize("case", ["fp8 blocks", "fp8 blocks, heads of 24"])
+def test_blocks_in_float8_are_off_by_its_rounding_alone(in_fp8, case):
+    """Of what two blocks add. Float8 keeps 4 bits: both factors of a product are off by some 2.6% a number.
+
+    Bfloat16 alone would put them off by 0.9%, and the scales of neighbouring channels by 28%.
+    """
+    exact, emulated = in_fp8[case]
+    assert 0.015 < exact < 0.06
+    assert emulated < 0.8 * exact  # in float64 too, with the same factors rounded to float8
+
+
+def test_weights_in_float8_have_a_scale_for_each_output_channel():
+    if vit_fused.vit_kernels is None:
+        pytest.skip("Triton is not installed: `make kernels` adds it")
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(7, 64, generator=generator) * torch.logspace(-6, 6, 7)[:, None]
+    weight[3] = 0
+    found, scale = vit_fused._weight_fp8(weight)
+    assert found.dtype == torch.float8_e4m3fn and scale.shape == (1, 7) and scale.is_contiguous()
+    exact = weight.double()
+    others = [0, 1, 2, 4, 5, 6]
+    np.testing.assert_allclose(scale[0, others], exact.abs().amax(1)[others] / 448, rtol=1e-6)
+    assert not found[3].float().any() and scale[0, 3] > 0
+    wanted = (exact[others] / exact[others].abs().amax(1, keepdim=True) * 448).to(torch.float8_e4m3fn)
+    assert (found[others].float() != wanted.float()).double().mean() < 5e-3
+    again = found.double() * scale.double().t()
+    # half a step: 1/16 of a number, or of the least normal one, 2^-6, over its scale
+    assert ((again - exact).abs() <= 1.001 * torch.maximum(exact.abs(), scale.t() * 2**-6) / 16).all()
+    weight[0, 0], weight[1, 1] = float("nan"), float("inf")
+    found, scale = vit_fused._weight_fp8(weight)
+    assert ((found.float() * scale.t()).isnan().any(1) == torch.tensor([True, True] + [False] * 5)).all()
+
+
+def test_float8_is_for_a_block_of_code_even_where_that_fails_or_holds_another():
+    assert not vit_fused.fp8
+    with vit_fused.products(float8=True):
+        assert vit_fused.fp8
+        with vit_fused.products(float8=False):
+            assert not vit_fused.fp8
+        assert vit_fused.fp8
+    with pytest.raises(KeyError), vit_fused.products(float8=True):
+        raise KeyError
+    assert not vit_fused.fp8
+
+
+def test_a_compiled_vit_is_compiled_again_for_float8(monkeypatch, unchecked):
+    """In one graph each; what the blocks compute is replaced, as it needs a GPU."""
+    monkeypatch.setattr(vit_fused, "_can_take", lambda z, heads: True)
+    monkeypatch.setattr(vit_fused, "_run_fp8", lambda blocks, z: 2 * z)
+    monkeypatch.setattr(vit_fused, "_attend", lambda y, attn: (0 * y, None))
+    monkeypatch.setattr(vit_fused, "_mlp", lambda y, mlp: (y, torch.zeros(())))
+    monkeypatch.setattr(vit_fused, "_add_norm", lambda z, branch, bias, norm: (z, 0 * z))
+    net = scrambled(dtype=torch.float32)
+    x, t, labels = inputs(dtype=torch.float32)
+    torch.compiler.reset()
+    traced = []
+
+    def eager(graph, inputs):
+        traced.append(graph)
+        return graph
+
+    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=eager)
+    found = []
+    with torch.no_grad():
+        for float8 in (False, True, False, True):
+            with vit_fused.products(float8=float8):
+                found.append(compiled(x, t, labels))
+                torch.testing.assert_close(found[-1], net(x, t, labels))
+    assert len(traced) == 2
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+    assert not torch.allclose(found[0], found[1])
+
+
+def test_float8_is_refused_where_blocks_would_be_plain_or_a_gradient_is_asked_for(monkeypatch):
+    net = scrambled(dtype=torch.float32)
+    given = inputs(dtype=torch.float32)
+    with vit_fused.products(float8=True):
+        with pytest.raises(ReproError, match="need a ViT on a GPU under autocast"):
+            net(*given)
+        monkeypatch.setattr(vit_fused, "_can_take", lambda z, heads: True)
+        for frozen in ((), ("time_embedding", "class_embedding", "patch_embed", "pos_embed")):
+            for name, parameter in net.named_parameters():
+                parameter.requires_grad_(not name.startswith(frozen) if frozen else True)
+            with pytest.raises(ReproError, match="have no gradient: use torch.no_grad, or bf16"):
+                net(*given)
+
+
+@pytest.mark.parametrize(
+    "sizes, capability, message",
+    [
+        ((258, 1152, 16, 4608), (9, 0), None),
+        ((258, 768, 12, 3072), (8, 9), None),
+        ((258, 384, 6, 1536), (12, 0), None),
+        ((258, 768, 12, 3072), (8, 6), "compute capability 8.9 or more, .* this one has 8.6: take bf16"),
+        ((258, 72, 3, 288), (9, 0), "multiples of 16, and this one is 72 wide, 288 between"),
+        ((258, 768, 12, 3000), (9, 0), "multiples of 16, and this one is 768 wide, 3000 between"),
+        ((258, 1024, 4, 4096), (9, 0), "at most 1024 tokens, and heads of .*258 tokens, and heads of 256"),
+        ((1026, 768, 12, 3072), (9, 0), "this one has 1026 tokens, and heads of 64"),
+    ],
+)
+def test_which_vits_and_gpus_float8_is_for(monkeypatch, sizes, capability, message):
+    if vit_fused.vit_kernels is None:
+        pytest.skip("Triton is not installed: `make kernels` adds it")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    if message is None:
+        vit_fused.check_fp8("cuda:1", *sizes)
+        return
+    with pytest.raises(ReproError, match=message):
+        vit_fused.check_fp8("cuda:1", *sizes)
+
+
+def test_float8_needs_triton_and_a_gpu(monkeypatch):
+    net = scrambled()
+    monkeypatch.setattr(vit_fused, "vit_kernels", object())
+    with pytest.raises(ReproError, match="fp8 needs an NVIDIA GPU, and this is cpu: take fp32 or bf16"):
+        net.check_fp8("cpu")
+    monkeypatch.setattr(vit_fused, "vit_kernels", None)
+    with pytest.raises(ReproError, match="fp8 needs Triton, which is not installed: take bf16"):
+        net.check_fp8("cuda")
+    seen = []
+    monkeypatch.setattr(vit_fused, "check_fp8", lambda *given: seen.append(given))
+    net.check_fp8("cuda")
+    assert seen == [("cuda", 18, 24, 3, 96)]
+
+
 class OnGPU(torch.Tensor):
     is_cuda = True
 
@@ -503,3 +659,26 @@ def test_on_a_gpu_the_kernels_are_as_near_to_float64_as_plain_blocks(with_class,
         assert mine < max(2 * plain, 1e-3), f"{name}: {mine} beside {plain}"
     assert sum(errors[True]) < 1.1 * sum(errors[False])
     assert errors[True] != errors[False]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("width, heads", [(192, 3), (144, 2)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_on_a_gpu_float8_is_off_by_its_rounding_alone(width, heads, compiled, unchecked):
+    """Outputs beside float64's, of 256 patches and heads of 64 and 72; an odd batch."""
+    if torch.cuda.get_device_capability() < vit_fused.FP8_CAPABILITY:
+        pytest.skip("this GPU multiplies no float8 numbers")
+    net = ViT(config.ViT(patch=2, width=width, depth=3, heads=heads), 32, 4, 5).cuda().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).cuda())
+    x = torch.randn(5, 4, 32, 32, generator=generator).cuda()
+    t, labels = torch.tensor([0, 1, 10, 100, 999]).cuda(), torch.arange(5).cuda()
+    exact = copy.deepcopy(net).double()(x.double(), t.double(), labels)
+    asked = torch.compile(net, dynamic=False, fullgraph=True) if compiled else net
+    errors = {}
+    for precision in ("bf16", "fp8", "bf16"):
+        with sample.autocast("cuda", precision, [asked]):
+            out = asked(x, t.float(), labels).double()
+        errors[precision] = float((out - exact).norm() / exact.norm())
+    assert 1.5 * errors["bf16"] < errors["fp8"] < 0.06

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import patch_once
+from kernels import patch_once, round_to_float8
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -23,6 +23,7 @@ DEVICE = "cpu" if vit_kernels.INTERPRETED else "cuda"
 torch.set_default_device(DEVICE)
 if vit_kernels.INTERPRETED:
     patch_once()
+    round_to_float8()
 
 
 def draw(*shape, seed, dtype=torch.float16, scale=1.0):
@@ -129,6 +130,109 @@ def blocks(tokens, heads, d):
     return errors(found, wanted)
 
 
+def rounded(y):
+    """Float64 rows over their scales, rounded to float8, and the scales: what the kernels are to give."""
+    scale = y.abs().amax(-1, keepdim=True).clamp(min=1e-30) / 448
+    return (y / scale).to(torch.float8_e4m3fn), scale
+
+
+def beside_rounded(found, scale, y):
+    """Of float8 rows beside those of exact y: the share of numbers that differ, the most that one does, over
+    its size, and the largest error of a scale; and the error of all, each row's over its scale, over that of
+    rounding exactly."""
+    wanted, exact = rounded(y)
+    a, b = found.double(), wanted.double()
+    apart = ((a - b).abs() / b.abs().clamp(min=2**-6))[a != b]  # from there on down, numbers are 2^-9 apart
+    (all_, least) = (
+        float(((each * of - y) / exact).norm()) for each, of in ((a, scale.double()), (b, exact))
+    )
+    return [
+        float((a != b).double().mean()),
+        float(apart.max()) if len(apart) else 0.0,
+        float((scale.double() / exact - 1).abs().max()),
+        all_ / least,
+    ]
+
+
+def add_norm_fp8(rows, width, branch):
+    """Float8 rows and their scales, and the error of the sums of rows that are not large."""
+    z, weight, bias = (draw(*shape, seed=n, dtype=torch.float32) for n, shape in
+                       enumerate([(2, rows, width), (width,), (width,)]))  # fmt: skip
+    z[0, 0], z[1, 1] = 0.0, 1e15  # a row of nothing but its bias, and one of large numbers
+    z[1, 1, ::2] *= -1
+    b = draw(2, rows, width, seed=7, dtype=torch.bfloat16) if branch else None
+    total, y, scale = vit_kernels.add_norm_fp8(z, b, weight, bias, 1e-6)
+    exact = z.double() + (b.double() if branch else 0.0)
+    normed = F.layer_norm(exact, (width,), weight.double(), bias.double(), 1e-6)
+    return [*beside_rounded(y, scale, normed), errors(total[:1], exact[:1])[0] if branch else 0.0]
+
+
+def gelu_fp8(rows, width):
+    """Float8 rows and their scales, of rows of any size."""
+    x = draw(2, rows, width, seed=1, dtype=torch.bfloat16, scale=3.0)
+    x[0, 0] *= 1e30
+    x[0, 1] *= 1e-3
+    y, scale = vit_kernels.gelu_fp8(x)
+    return beside_rounded(y, scale, F.gelu(x.double()))
+
+
+def rows_of_float8_that_are_special():
+    """Of rows of zeros, and with a NaN or an infinity in the first or the second part: what becomes of them.
+
+    By row, for GELU and for a norm: how many numbers are 0, how many NaN, and whether the scale is finite.
+    """
+    x = draw(1, 8, 96, seed=3, dtype=torch.bfloat16)
+    x[0, 0] = 0.0
+    x[0, 1, 5], x[0, 2, 90] = float("nan"), float("nan")
+    x[0, 3, 5], x[0, 4, 90] = float("inf"), float("-inf")
+    ones = torch.ones(96, dtype=torch.float32)
+    _, normed, of_norm = vit_kernels.add_norm_fp8(x.float(), None, ones, torch.zeros_like(ones), 1e-6)
+
+    def told(y, scale):
+        y = y[0].float()
+        counts = (y == 0).sum(1).tolist(), y.isnan().sum(1).tolist(), scale[0, :, 0].isfinite().tolist()
+        return list(zip(*counts, strict=True))
+
+    return told(*vit_kernels.gelu_fp8(x)), told(normed, of_norm)
+
+
+def blocks_fp8(tokens, heads, d):
+    """Two blocks, with products of float8 numbers: their output beside the same blocks in float64, over what
+    the blocks add to their input; and that beside an emulation in float64 that rounds to float8 only."""
+    width = heads * d
+    stack = nn.ModuleList(Block(width, heads, 2.0) for _ in range(2)).requires_grad_(False)
+    for i, (name, parameter) in enumerate(stack.named_parameters()):
+        parameter.copy_(draw(*parameter.shape, seed=i, dtype=torch.float32, scale=0.2))
+        if "norm" in name:
+            parameter += 0.5
+        elif parameter.ndim == 2:  # output channels of very different sizes: each needs a scale of its own
+            parameter *= torch.logspace(-1.5, 0.5, len(parameter))[:, None]
+    z = draw(2, tokens, width, seed=50, dtype=torch.float32)
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    with torch.autocast(DEVICE, torch.bfloat16), vit_fused.products(float8=True):
+        out = vit_fused.run(stack, z)
+    exact = copy.deepcopy(stack).double()
+    plain = z.double()
+    for block in exact:
+        plain = block(plain)
+    for block in exact:
+        for linear in (block.attn.qkv, block.mlp.fc1, block.mlp.fc2):
+            weight, scale = rounded(linear.weight)
+            linear.weight.copy_(weight.double() * scale)
+        for product, name in ((block.attn, "qkv"), (block.mlp, "fc1"), (block.mlp, "fc2")):
+            getattr(product, name).register_forward_pre_hook(_round_input)
+    emulated = z.double()
+    for block in exact:
+        emulated = block(emulated)
+    added = (plain - z).norm()
+    return [float((out - each).norm() / added) for each in (plain, emulated)]
+
+
+def _round_input(_, given):
+    x, scale = rounded(given[0])
+    return (x.double() * scale,)
+
+
 small = {False: vit_kernels.Blocks(32, 16, 4, 2), True: vit_kernels.Blocks(16, 32, 4, 2)}
 cases = {
     "258 tokens": attention(1, 258, 1, 64),
@@ -153,4 +257,17 @@ cases |= {
     "blocks": blocks(19, 3, 16),
     "blocks, heads of 24": blocks(21, 2, 24),
 }
+if vit_kernels.INTERPRETED or torch.cuda.get_device_capability() >= vit_fused.FP8_CAPABILITY:
+    cases |= {
+        "fp8 sum and norm": add_norm_fp8(37, 96, True),
+        "fp8 sum and norm, one part": add_norm_fp8(3, 128, True),
+        "fp8 sum and norm, masked": add_norm_fp8(3, 208, True),
+        "fp8 norm alone": add_norm_fp8(5, 208, False),
+        "fp8 gelu": gelu_fp8(37, 96),
+        "fp8 gelu, one part": gelu_fp8(3, 256),
+        "fp8 gelu, masked": gelu_fp8(3, 1360),
+        "fp8 rows that are special": rows_of_float8_that_are_special(),
+        "fp8 blocks": blocks_fp8(19, 3, 16),
+        "fp8 blocks, heads of 24": blocks_fp8(21, 2, 24),
+    }
 print(json.dumps(cases))

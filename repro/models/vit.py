@@ -94,6 +94,12 @@ class ViT(nn.Module):
                 "or train it with null_class = True."
             )
 
+    def check_fp8(self, device: str | torch.device) -> None:
+        """Raise `ReproError` where the blocks cannot take products of float8 numbers on `device`."""
+        mlp = self.blocks[0].mlp
+        tokens, width = self.pos_embed.shape[1:]
+        vit_fused.check_fp8(device, tokens, width, self.heads, mlp.fc1.out_features)
+
     @staticmethod
     def _look_up(table: nn.Embedding, index: Tensor, what: str) -> Tensor:
         try:

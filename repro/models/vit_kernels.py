@@ -8,7 +8,8 @@ tiles of 64 or 128, so that much of the last tile is thrown away, and pad heads 
 last tokens in a tile of their own size, read queries, keys and values where the product before left them, and
 give the gradients in the same place, with the sums that are the gradients of the biases.
 
-The residual stream z is float32 [rows, width]; branches, and what the products take, are half precision.
+The residual stream z is float32 [rows, width]; branches, and what the products take, are half precision, or
+float8 where no gradient is asked for: a kernel that has a whole row at hand gives it a scale of its own.
 Each kernel is an operator of its own, which `torch.compile` calls as it is.
 """
 
@@ -30,15 +31,23 @@ GELU = dict(BLOCK=1024, num_warps=4)
 GELU_GRAD = dict(ROWS=4, COLUMNS=512, STAGES=1, num_warps=4)
 GELU_PROGRAMS = 20
 """Of its gradient on each multiprocessor."""
+GELU_FP8 = dict(TOGETHER=8, num_warps=8)
+
+FP8 = torch.float8_e4m3fn
+FP8_MOST = torch.finfo(FP8).max
+"""448."""
+FP8_LEAST = 1e-30
+"""A row's greatest number counts as no less: so a row of zeros has a scale too, with a finite reciprocal."""
+_MOST, _LEAST = tl.constexpr(FP8_MOST), tl.constexpr(FP8_LEAST)
 
 
 @triton.jit
-def _load_row(at, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+def _load_row(at, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TOGETHER: tl.constexpr = 4):
     """D numbers, float32, in parts of D1 and (masked, if they are more) D2; the first again without a D2.
 
-    A thread takes 4 at a time, of half precision too, so that no number has to change threads.
+    A thread takes so many at a time, of half precision too, so that no number has to change threads.
     """
-    first = tl.load(at + tl.max_contiguous(tl.arange(0, D1), 4)).to(tl.float32)
+    first = tl.load(at + tl.max_contiguous(tl.arange(0, D1), TOGETHER)).to(tl.float32)
     second = first
     if D2:
         c = D1 + tl.arange(0, D2)
@@ -47,9 +56,11 @@ def _load_row(at, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
 
 
 @triton.jit
-def _store_row(at, first, second, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr):
+def _store_row(
+    at, first, second, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TOGETHER: tl.constexpr = 4
+):
     """The reverse of `_load_row`, in the type of where it goes."""
-    tl.store(at + tl.max_contiguous(tl.arange(0, D1), 4), first.to(at.dtype.element_ty))
+    tl.store(at + tl.max_contiguous(tl.arange(0, D1), TOGETHER), first.to(at.dtype.element_ty))
     if D2:
         c = D1 + tl.arange(0, D2)
         tl.store(at + c, second.to(at.dtype.element_ty), mask=(c < D) | (D1 + D2 == D))
@@ -65,11 +76,20 @@ def _mean(first, second, D: tl.constexpr, D2: tl.constexpr):
 
 
 @triton.jit
+def _most(first, second, D2: tl.constexpr):
+    """The greatest absolute value of a row in two parts, of which those outside are 0."""
+    most = tl.max(tl.abs(first), 0)
+    if D2:
+        most = tl.maximum(most, tl.max(tl.abs(second), 0))
+    return tl.maximum(most, _LEAST)
+
+
+@triton.jit
 def _add_norm_kernel(
-    z_ptr, branch_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr, eps,
-    BRANCH: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
+    z_ptr, branch_ptr, weight_ptr, bias_ptr, sum_ptr, y_ptr, mean_ptr, rstd_ptr, scale_ptr, eps,
+    BRANCH: tl.constexpr, SCALED: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
 ):  # fmt: skip
-    """A row a program: sum = z + branch, y = layer norm of it."""
+    """A row a program: sum = z + branch, y = layer norm of it; SCALED: y over a scale, which is stored."""
     row = tl.program_id(0).to(tl.int64)
     x1, x2 = _load_row(z_ptr + row * D, D, D1, D2)
     if BRANCH:
@@ -83,9 +103,15 @@ def _add_norm_kernel(
     rstd = 1 / tl.sqrt(_mean(x1 * x1, x2 * x2, D, D2) + eps)
     w1, w2 = _load_row(weight_ptr, D, D1, D2)
     b1, b2 = _load_row(bias_ptr, D, D1, D2)
-    _store_row(y_ptr + row * D, x1 * rstd * w1 + b1, x2 * rstd * w2 + b2, D, D1, D2)
-    tl.store(mean_ptr + row, mean)
-    tl.store(rstd_ptr + row, rstd)
+    y1, y2 = x1 * rstd * w1 + b1, x2 * rstd * w2 + b2
+    if SCALED:
+        most = _most(y1, y2, D2)
+        tl.store(scale_ptr + row, most / _MOST)
+        y1, y2 = y1 * (_MOST / most), y2 * (_MOST / most)
+    else:
+        tl.store(mean_ptr + row, mean)
+        tl.store(rstd_ptr + row, rstd)
+    _store_row(y_ptr + row * D, y1, y2, D, D1, D2)
 
 
 @triton.jit
@@ -163,14 +189,32 @@ def _tail_of_normal(a):
 
 
 @triton.jit
+def _gelu_of(x):
+    a = tl.abs(x)
+    return tl.maximum(x, 0.0) - a * _tail_of_normal(a)
+
+
+@triton.jit
 def _gelu_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     c = tl.arange(0, BLOCK)
     inside = (start + c < count) | WHOLE
     x = tl.load(x_ptr + start + c, mask=inside, other=0.0).to(tl.float32)
-    a = tl.abs(x)
-    y = tl.maximum(x, 0.0) - a * _tail_of_normal(a)
-    tl.store(y_ptr + start + c, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + start + c, _gelu_of(x).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _gelu_fp8_kernel(
+    x_ptr, y_ptr, scale_ptr,
+    D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """A row a program: GELU over a scale, and that scale."""
+    row = tl.program_id(0).to(tl.int64)
+    x1, x2 = _load_row(x_ptr + row * D, D, D1, D2, TOGETHER)
+    y1, y2 = _gelu_of(x1), _gelu_of(x2)
+    most = _most(y1, y2, D2)
+    tl.store(scale_ptr + row, most / _MOST)
+    _store_row(y_ptr + row * D, y1 * (_MOST / most), y2 * (_MOST / most), D, D1, D2, TOGETHER)
 
 
 @triton.jit
@@ -221,7 +265,7 @@ def add_norm(
     with torch.cuda.device_of(z):
         _add_norm_kernel[(mean.numel(),)](
             z, z if branch is None else branch, weight, bias, z if branch is None else total, y, mean, rstd,
-            eps, BRANCH=branch is not None, **_parts(z.shape[-1]), **NORM,
+            mean, eps, BRANCH=branch is not None, SCALED=False, **_parts(z.shape[-1]), **NORM,
         )  # fmt: skip
     return total, y, mean, rstd
 
@@ -231,6 +275,32 @@ def _add_norm_like(z, branch, weight, bias, eps, dtype):
     total = z.new_empty(0) if branch is None else torch.empty_like(z, memory_format=torch.contiguous_format)
     y = torch.empty_like(z, dtype=dtype, memory_format=torch.contiguous_format)
     return total, y, z.new_empty(z.shape[:-1]), z.new_empty(z.shape[:-1])
+
+
+@torch.library.custom_op("repro::add_norm_fp8", mutates_args=())
+def add_norm_fp8(
+    z: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """z + branch (empty without a branch), and its layer norm in float8 over a float32 scale of each row.
+
+    The scale, [..., 1], is the row's greatest absolute value over 448; a row with a NaN is NaN.
+    """
+    z = z.contiguous()
+    branch = None if branch is None else branch.contiguous()
+    total, y, scale = _add_norm_fp8_like(z, branch, weight, bias, eps)
+    with torch.cuda.device_of(z):
+        _add_norm_kernel[(scale.numel(),)](
+            z, z if branch is None else branch, weight, bias, z if branch is None else total, y, scale, scale,
+            scale, eps, BRANCH=branch is not None, SCALED=True, **_parts(z.shape[-1]), **NORM,
+        )  # fmt: skip
+    return total, y, scale
+
+
+@add_norm_fp8.register_fake
+def _add_norm_fp8_like(z, branch, weight, bias, eps):
+    total = z.new_empty(0) if branch is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    y = torch.empty_like(z, dtype=FP8, memory_format=torch.contiguous_format)
+    return total, y, z.new_empty(*z.shape[:-1], 1)
 
 
 @torch.library.custom_op("repro::add_norm_grad", mutates_args=())
@@ -277,6 +347,22 @@ def gelu(x: Tensor) -> Tensor:
 @gelu.register_fake
 def _(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("repro::gelu_fp8", mutates_args=())
+def gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`gelu` of half precision x in float8 over a scale of each row, and the scale, as in `add_norm_fp8`."""
+    x = x.contiguous()
+    y, scale = _gelu_fp8_like(x)
+    with torch.cuda.device_of(x):
+        _gelu_fp8_kernel[(scale.numel(),)](x, y, scale, **_parts(x.shape[-1]), **GELU_FP8)
+    return y, scale
+
+
+@gelu_fp8.register_fake
+def _gelu_fp8_like(x):
+    y = torch.empty_like(x, dtype=FP8, memory_format=torch.contiguous_format)
+    return y, x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
 @torch.library.custom_op("repro::gelu_grad", mutates_args=())
@@ -339,10 +425,14 @@ LOG2_E = 1.4426950408889634
 def can_attend(x: Tensor, dtype: torch.dtype, heads: int) -> bool:
     """Whether the kernels take tokens x [n, s, heads d] in the half precision `dtype`: on an NVIDIA GPU of
     compute capability 8 or more, few tokens, d in 16 to 128."""
-    d = x.shape[-1] // heads
     there = INTERPRETED or (x.is_cuda and torch.version.hip is None and _is_new(x.device.index))
-    few = 0 < x.shape[1] <= MOST_TOKENS and heads <= 65_535
-    return there and x.numel() > 0 and dtype in HALF and few and 16 <= d <= 128 and d % 8 == 0
+    return there and x.numel() > 0 and dtype in HALF and fit(x.shape[1], heads, x.shape[-1])
+
+
+def fit(tokens: int, heads: int, width: int) -> bool:
+    """Whether attention of that size is what the kernels are for: see `can_attend`."""
+    d = width // heads
+    return 0 < tokens <= MOST_TOKENS and heads <= 65_535 and 16 <= d <= 128 and d % 8 == 0
 
 
 @torch.compiler.assume_constant_result
