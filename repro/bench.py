@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
@@ -51,6 +51,8 @@ from repro import (
     schedules,
     train,
 )
+from repro.denoiser import Denoiser
+from repro.models import vit_fused
 from repro.models.norm import GroupNorm, added
 from repro.models.unet import InputConvolution, OutputConvolution, Resample
 
@@ -239,7 +241,7 @@ def forward_flops(run: config.Config, plain: bool = True) -> float:
 
 
 KINDS = {
-    "GELU": ("_gelu_kernel", "_gelu_grad_kernel"),
+    "GELU": ("_gelu_kernel", "_gelu_fp8_kernel", "_gelu_grad_kernel"),
     "attention": ("flash", "fmha", "attention", "_query_gradient_kernel", "_key_gradient_kernel"),
     "norm and other reductions": ("triton_red", "triton_per", "_norm_kernel", "_grad_kernel"),
     "elementwise": ("triton_poi", "elementwise", "copy", "memset", "memcpy", "cat"),
@@ -270,13 +272,40 @@ def kernel_times(work, steps: int = 3) -> tuple[float, dict[str, float], list[tu
     return total / steps / 1000, shares, [(name[:120], round(spent / steps / 1000, 4)) for name, spent in top]
 
 
-def forward_rates(forwards: float, flops: float, matmul: float) -> dict[str, float]:
-    """What is recorded of `forwards` images a second, of `flops` each, beside a matrix product's FLOP/s."""
-    return {
-        "forwards_per_second": forwards,
-        "forward_tflops": flops * forwards / 1e12,
-        "forward_share_of_matmul": flops * forwards / matmul,
-    }
+def forward_rates(forwards: dict[str, float], flops: float, matmul: float) -> dict[str, float]:
+    """What is recorded of images a second by precision, of `flops` each, beside a bf16 product's FLOP/s.
+
+    What is not of bf16 says so, as in "forwards_per_second_fp8".
+    """
+    found = {}
+    for precision, rate in forwards.items():
+        of = "" if precision == "bf16" else f"_{precision}"
+        found |= {
+            f"forwards_per_second{of}": rate,
+            f"forward_tflops{of}": flops * rate / 1e12,
+            f"forward_share_of_matmul{of}": flops * rate / matmul,
+        }
+    return found
+
+
+def precisions(run: config.Config) -> tuple[str, ...]:
+    """In which forward passes are timed: those of a ViT in float8 too, but on a GPU that has none."""
+    without = torch.cuda.is_available() and torch.cuda.get_device_capability() < vit_fused.FP8_CAPABILITY
+    return ("bf16", "fp8") if run.model.kind == "vit" and not without else ("bf16",)
+
+
+def forward_in(
+    precision: str, denoiser: Denoiser, given: tuple[Tensor | None, ...], graphs: bool = True
+) -> Callable[[], None]:
+    """A forward pass of `denoiser` on x, sigma and labels; graphs: as a CUDA graph after a few calls."""
+    denoise = sample.captured(denoiser) if graphs else denoiser
+
+    @torch.no_grad()
+    def forward():
+        with sample.autocast("cuda", precision, [denoiser.net]):
+            denoise(*given)
+
+    return forward
 
 
 def training_of(variant: Variant, gpus: int = 1) -> config.Config:
@@ -311,15 +340,12 @@ def measure(name: str, only_compile: bool = False) -> dict:
         trainer.train_step(learned, labels, numbers)
 
     sigma = torch.tensor(1.0, device="cuda")
-    denoise = sample.captured(trainer.ema_denoiser) if variant.cuda_graphs else trainer.ema_denoiser
-
-    @torch.no_grad()
-    def forward():
-        with sample.autocast("cuda", "bf16"):
-            denoise(y, sigma, labels)
-
+    forwards = {
+        precision: forward_in(precision, trainer.ema_denoiser, (y, sigma, labels), variant.cuda_graphs)
+        for precision in (precisions(run) if variant.forward else ())
+    }
     began = time.perf_counter()
-    for work in (step, forward) if variant.forward else (step,):
+    for work in (step, *forwards.values()):
         for _ in range(1 if only_compile else cuda_graph.WARM_UP + 1):  # the last captures a graph
             work()
         if work is step:
@@ -347,12 +373,19 @@ def measure(name: str, only_compile: bool = False) -> dict:
         "seconds_to_start": seconds_to_start,
         "gpu_memory_gib": memory / 2**30,
     }
-    if variant.forward:
-        seconds = median_seconds(forward, 30, 10)
-        result |= forward_rates(batch / seconds, flops, matmul)
+    rates = {precision: batch / median_seconds(work, 30, 10) for precision, work in forwards.items()}
+    result |= forward_rates(rates, flops, matmul)
     print(json.dumps(result), flush=True)
-    busy, shares, top = kernel_times(step)
-    return result | {
+    result |= busy_times(step)
+    if "fp8" in forwards:
+        result |= {f"forward_{key}_fp8": value for key, value in busy_times(forwards["fp8"]).items()}
+    return result
+
+
+def busy_times(work: Callable[[], None]) -> dict:
+    """What is recorded of `kernel_times` of `work`."""
+    busy, shares, top = kernel_times(work)
+    return {
         "gpu_busy_ms": busy,
         "gpu_busy_shares": {kind: round(share, 4) for kind, share in shares.items()},
         "largest_kernels_ms": top,
@@ -471,7 +504,7 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
 
     Of batches of images in turn on one GPU, weights random, network and guidance as one CUDA graph. Images a
     second are over all `batches`, from noise to uint8 images; those with features in float32 as `evaluate`
-    takes them.
+    takes them. Of a ViT, forward passes and drawing are timed in float8 too.
     """
     how = SAMPLING[name]
     run = presets.preset(how.preset)
@@ -486,15 +519,12 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
     shape = (how.batch, run.data.channels, run.data.resolution, run.data.resolution)
     x, sigma = torch.randn(shape, device="cuda"), torch.tensor(1.0, device="cuda")
     labels = sample.labels_for(range(how.batch), run.data.classes).cuda() if run.data.classes else None
-    forward = sample.captured(denoiser)
+    forwards = {
+        precision: forward_in(precision, denoiser, (x, sigma, labels)) for precision in precisions(run)
+    }
 
-    @torch.no_grad()
-    def one_forward():
-        with sample.autocast("cuda", "bf16"):
-            forward(x, sigma, labels)
-
-    def images(count: int):
-        return sample.generate(denoiser, run, range(count), how.batch, "cuda", "bf16", cuda_graphs=True)
+    def images(count: int, precision: str = "bf16"):
+        return sample.generate(denoiser, run, range(count), how.batch, "cuda", precision, cuda_graphs=True)
 
     def seconds(work: Iterable) -> float:
         began = time.perf_counter()
@@ -503,14 +533,18 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
         torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    seconds_to_start = seconds(one_forward() for _ in range(1 if only_compile else cuda_graph.WARM_UP + 1))
-    seconds_to_start += seconds(evaluate.features_of(network, images(how.batch)))  # guided: twice as wide
+    seconds_to_start = 0.0
+    for precision, forward in forwards.items():
+        seconds_to_start += seconds(forward() for _ in range(1 if only_compile else cuda_graph.WARM_UP + 1))
+        guided = images(how.batch, precision)  # twice as wide
+        seconds_to_start += seconds(evaluate.features_of(network, guided))
     if only_compile:
         return {"name": name, "seconds": seconds_to_start}
     flops, matmul = forward_flops(run), matmul_rate()
-    forwards = how.batch / median_seconds(one_forward, 20, 5)
-    drawn = batches * how.batch / seconds(images(batches * how.batch))
-    measured = batches * how.batch / seconds(evaluate.features_of(network, images(batches * how.batch)))
+    rates = {precision: how.batch / median_seconds(work, 20, 5) for precision, work in forwards.items()}
+    count = batches * how.batch
+    drawn, *in_fp8 = (count / seconds(images(count, precision)) for precision in forwards)
+    measured = count / seconds(evaluate.features_of(network, images(count)))
     through = images_through_the_network(run)
     return {
         "name": name,
@@ -519,13 +553,14 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
         "forward_gflop_per_image": flops / 1e9,
         "batch": how.batch,
         "matmul_tflops": matmul / 1e12,
-        **forward_rates(forwards, flops, matmul),
+        **forward_rates(rates, flops, matmul),
         "sample": config.sample_json(run.sample),
         "images_through_the_network": through,
         "images_per_second": drawn,
         "passes_per_second_drawing": drawn * through,
         "sampling_share_of_matmul": drawn * through * flops / matmul,
         "images_per_second_with_features": measured,
+        **({"images_per_second_fp8": in_fp8[0]} if in_fp8 else {}),
         "seconds_to_start": round(seconds_to_start, 1),
         "gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from repro import bench, config, presets, runs, sample
+from repro import bench, config, denoiser, presets, runs, sample, schedules
 from repro.models.unet import ADMUNet
 
 BENCH = Path(__file__).parents[1] / "paper" / "bench"
@@ -93,6 +94,9 @@ KERNELS = {
     "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
     "triton_red_fused__to_copy_convolution_mean_pow_8": "norm and other reductions",
     "_norm_kernel": "norm and other reductions",
+    "_add_norm_kernel": "norm and other reductions",
+    "_gelu_fp8_kernel": "GELU",
+    "nvjet_sm90_qqtst_128x256_128x4_2x1_v_bz_coopA_bias_TNT": "matrix product",
     "_grad_kernel": "norm and other reductions",
     "triton_poi_fused__to_copy_add_clone_convolution_mul_native_group_norm_silu": "elementwise",
     "void at::native::elementwise_kernel<128, 4, at::native::direct_copy_kernel_cuda>": "elementwise",
@@ -131,6 +135,48 @@ def test_kernels_are_sorted_by_kind_and_times_are_per_step(monkeypatch):
     kinds = list(KERNELS.values())
     assert shares == pytest.approx({kind: kinds.count(kind) / len(kinds) for kind in [*bench.KINDS, "other"]})
     assert dict(top) == pytest.approx({name[:120]: 1.0 for name in KERNELS})
+
+
+def test_rates_in_float8_are_recorded_beside_those_in_bfloat16_of_vits_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    runs_ = {name: bench.training_of(variant) for name, variant in bench.VARIANTS.items()}
+    both = {name for name, run in runs_.items() if bench.precisions(run) == ("bf16", "fp8")}
+    assert both == {"ViT-B/2", "ViT-XL/2"}
+    assert {bench.precisions(runs_[name]) for name in runs_.keys() - both} == {("bf16",)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert {bench.precisions(run) for run in runs_.values()} == {("bf16",)}
+    assert bench.forward_rates({}, 1e9, 1e15) == {}
+    assert bench.forward_rates({"bf16": 4e5, "fp8": 6e5}, 1e9, 1e15) == pytest.approx(
+        {
+            "forwards_per_second": 4e5, "forward_tflops": 400, "forward_share_of_matmul": 0.4,
+            "forwards_per_second_fp8": 6e5, "forward_tflops_fp8": 600, "forward_share_of_matmul_fp8": 0.6,
+        }
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_a_forward_pass_is_timed_in_its_precision_alone(monkeypatch, graphs):
+    """On a CPU, what captures a graph replaced."""
+    seen = []
+
+    @contextmanager
+    def autocast(device, precision, nets):
+        seen.append((device, precision, nets))
+        yield
+
+    class Watched(denoiser.Denoiser):
+        def forward(self, x, sigma, labels):
+            seen.append((len(x), torch.is_grad_enabled()))
+
+    net, given = torch.nn.Identity(), (torch.ones(3, 1, 2, 2), torch.tensor(1.0), None)
+    D = Watched(net, schedules.cosine_vp(), denoiser.X0)
+    monkeypatch.setattr(sample, "autocast", autocast)
+    monkeypatch.setattr(sample, "captured", lambda D: lambda *given: (seen.append("graph"), D(*given)))
+    for precision in ("bf16", "fp8"):
+        bench.forward_in(precision, D, given, graphs)()
+        assert seen == [("cuda", precision, [net]), *(["graph"] if graphs else []), (3, False)]
+        seen.clear()
 
 
 @pytest.mark.parametrize(
@@ -228,11 +274,14 @@ def test_the_committed_measurements_are_consistent(measured):
     times = [time for _, time in measured["largest_kernels_ms"]]
     assert times == sorted(times, reverse=True) and 0 < sum(times) <= measured["gpu_busy_ms"]
     assert ("forward_tflops" in measured) == variant.forward
-    if variant.forward:
-        forwards = measured["forwards_per_second"]
-        assert measured["forward_tflops"] == pytest.approx(flops * forwards / 1e12)
-        assert measured["forward_share_of_matmul"] == pytest.approx(
-            measured["forward_tflops"] / measured["matmul_tflops"]
+    for precision in bench.precisions(bench.training_of(variant)) if variant.forward else ():
+        of = "" if precision == "bf16" else f"_{precision}"
+        if of and f"forwards_per_second{of}" not in measured:  # measured before there was float8
+            continue
+        forwards = measured[f"forwards_per_second{of}"]
+        assert measured[f"forward_tflops{of}"] == pytest.approx(flops * forwards / 1e12)
+        assert measured[f"forward_share_of_matmul{of}"] == pytest.approx(
+            measured[f"forward_tflops{of}"] / measured["matmul_tflops"]
         )
 
 
@@ -283,6 +332,10 @@ def test_the_committed_measurements_of_sampling_are_consistent(measured):
     assert measured["passes_per_second_drawing"] == pytest.approx(drawn * passes)
     assert 0.9 < drawn * passes / forwards < 1.05
     assert measured["images_per_second_with_features"] < drawn
+    if "images_per_second_fp8" in measured:  # not where it was measured before there was float8
+        in_fp8 = measured["forwards_per_second_fp8"]
+        assert measured["forward_tflops_fp8"] == pytest.approx(flops * in_fp8 / 1e12)
+        assert 0.9 < measured["images_per_second_fp8"] * passes / in_fp8 < 1.05
 
 
 def test_weights_that_start_at_0_are_filled_and_others_kept():
