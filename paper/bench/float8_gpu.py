@@ -1,7 +1,7 @@
 """What only a GPU can tell of float8 in the ViT: correctness, configurations, rates of products, forward passes.
 
-    python gpu.py out.json [--parts acbd] [--budget 115]
-    TRITON_INTERPRET=1 python gpu.py out.json --tiny     (rehearsal on a CPU)
+    python paper/bench/float8_gpu.py out.json [--parts acbd] [--budget 115]
+    TRITON_INTERPRET=1 python paper/bench/float8_gpu.py out.json --tiny     (rehearsal on a CPU)
 
 Parts: a correctness; b kernel configurations in GB/s; c rates of products; d forward passes; w weights' cost.
 Forward passes are compiled by processes of their own from the start on, while a runs; timings wait for them.
@@ -229,7 +229,7 @@ def gelu_rows_speed(x, warps, together, stages, programs):
 
 def norm_speed(z, b, fp8, warps):
     ones, zeros = torch.ones(z.shape[-1], device=DEVICE), torch.zeros(z.shape[-1], device=DEVICE)
-    with changed("NORM", num_warps=warps):
+    with changed("NORM_FP8" if fp8 else "NORM", num_warps=warps):
         if fp8:
             spent = seconds(lambda: vit_kernels.add_norm_fp8(z, b, ones, zeros, 1e-6))
         else:

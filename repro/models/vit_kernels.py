@@ -31,7 +31,8 @@ GELU = dict(BLOCK=1024, num_warps=4)
 GELU_GRAD = dict(ROWS=4, COLUMNS=512, STAGES=1, num_warps=4)
 GELU_PROGRAMS = 20
 """Of its gradient on each multiprocessor."""
-GELU_FP8 = dict(TOGETHER=8, num_warps=8)
+NORM_FP8 = dict(num_warps=1)
+GELU_FP8 = dict(TOGETHER=4, num_warps=4)
 
 FP8 = torch.float8_e4m3fn
 FP8_MOST = torch.finfo(FP8).max
@@ -291,7 +292,7 @@ def add_norm_fp8(
     with torch.cuda.device_of(z):
         _add_norm_kernel[(scale.numel(),)](
             z, z if branch is None else branch, weight, bias, z if branch is None else total, y, scale, scale,
-            scale, eps, BRANCH=branch is not None, SCALED=True, **_parts(z.shape[-1]), **NORM,
+            scale, eps, BRANCH=branch is not None, SCALED=True, **_parts(z.shape[-1]), **NORM_FP8,
         )  # fmt: skip
     return total, y, scale
 
