@@ -18,7 +18,9 @@ CUDA events, on random data; those from disk are by the wall clock.
 from __future__ import annotations
 
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -121,8 +123,11 @@ FROM_DISK = {
 }
 """By name. Each GPU takes the variant's images a step."""
 
-FILE_IMAGES = 80_000
-"""Of the file of latents, in the layout of `repro.latents`: 2.6 GB for 4 x 32 x 32."""
+FILE_IMAGES = 1_281_167
+"""Of the file of latents, in the layout of `repro.latents`: ImageNet's, which take 42 GB for 4 x 32 x 32."""
+
+DISK_STEPS = 200
+"""Timed on images that no memory holds, and again on the same: few of all, so that most are read alone."""
 
 
 class PlainGroupNorm(GroupNorm):
@@ -393,19 +398,32 @@ def busy_times(work: Callable[[], None]) -> dict:
 
 
 def write_latents(path: Path, run: config.Config, images: int = FILE_IMAGES) -> None:
-    """Write random moments as `repro.latents` lays them out."""
+    """Write random moments as `repro.latents` lays them out: of each 5000 images the first numbers differ.
+
+    Raises `ReproError` where the disk has no room for them.
+    """
     shape = _latents_shape(run, images)
-    random = np.random.default_rng(0)
+    wanted, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
+    if free < 1.02 * wanted:
+        raise files.ReproError(
+            f"{path.parent} has room for {free / 1e9:.0f} GB, and latents take {wanted / 1e9:.0f}: give "
+            "another folder as --scratch"
+        )
+    some = np.random.default_rng(0).standard_normal((min(5000, images), *shape[1:]), np.float32)
+    some = some.astype(np.float16)
     with open(path, "wb") as file:
         for first in range(0, images, 5000):
-            some = random.standard_normal((min(5000, images - first), *shape[1:]), np.float32)
-            file.write(some.astype(np.float16).tobytes())
+            some[:, 0, 0, 0, 0] = first / 5000
+            file.write(some[: images - first].data)
         file.flush()
         os.fsync(file.fileno())
 
 
 def forget_pages(path: Path) -> None:
-    """Let the system forget what it keeps of a file in memory, but for pages that some process has mapped."""
+    """Let the system forget what it keeps of a file in memory.
+
+    Not what is mapped and was looked at, nor what lies in the same large folios: some 2 MB around each page.
+    """
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -427,47 +445,49 @@ def _latents_shape(run: config.Config, images: int) -> tuple[int, ...]:
 def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict | None:
     """Time training steps on the latents in `path`, read as `repro.train` reads what no GPU can hold.
 
-    Images a second of all processes by the wall clock, over a first pass through the file, in a random order,
-    before which the system was told to forget it, and over a second, whose pages it may have kept: how much
-    the first process read from disk in both tells. Nothing but for the first process.
+    Images a second of all processes by the wall clock, in a random order: first cold, of images of which the
+    system was told to forget all pages before any process mapped them, as of a file that memory does not
+    hold; then warm, of the same images again. How much the first process read from disk in both tells
+    whether they were. Nothing but for the first process.
     """
     how = FROM_DISK[name]
     run = training_of(VARIANTS[how.variant], how.gpus)
     torch.backends.cudnn.benchmark = True
     place = train.find_place("cuda")
     trainer = train.Trainer(run, place)
+    if place.first:
+        forget_pages(path)
+    if place.world > 1:
+        torch.distributed.barrier()
     moments = np.memmap(path, np.float16, "r", shape=_latents_shape(run, images))
     labels = np.arange(images) % max(run.data.classes, 1)
     real = data.Dataset(name, moments, labels, [""] * run.data.classes, {})
-    # not on the GPU, as the latents of all of ImageNet, 42 GB
+    # not on the GPU, as the latents of all of ImageNet are where a GPU has no room for them
     batches = train.Batches(real, np.arange(images), run.train, place, resident=False)
     generator = torch.Generator(place.device)
+    warm_up = cuda_graph.WARM_UP + 3
+    count = min(DISK_STEPS, images // run.train.batch - warm_up)
 
     with closing(trainer), ThreadPoolExecutor(1) as loader:
-        upcoming = loader.submit(batches.fetch, 0)
 
-        def steps(count: int, forget: bool = False) -> tuple[float, int | None]:
-            nonlocal upcoming
+        def steps(first: int, count: int) -> tuple[float, int | None]:
             torch.cuda.synchronize()
-            if forget and place.first:
-                forget_pages(path)
             if place.world > 1:
                 torch.distributed.barrier()
             began, read = time.perf_counter(), bytes_read()
-            for _ in range(count):
+            upcoming = loader.submit(batches.fetch, first)
+            for number in range(first + 1, first + count + 1):
                 y, some = upcoming.result()
-                upcoming = loader.submit(batches.fetch, trainer.step + 1)
+                if number < first + count:
+                    upcoming = loader.submit(batches.fetch, number)
                 trainer.train_step(y, some, train.draw(run, trainer.step, place, generator))
             torch.cuda.synchronize()
             rate = count * run.train.batch / (time.perf_counter() - began)
             return rate, None if read is None else bytes_read() - read
 
-        steps(cuda_graph.WARM_UP + 3)
-        a_pass = (images - trainer.images) // run.train.batch - 1
-        first, first_read = steps(a_pass, forget=True)
-        steps(-(-images // run.train.batch) - a_pass)  # until every page has been read
-        again, again_read = steps(a_pass)
-        upcoming.cancel()
+        steps(0, warm_up)
+        cold, cold_read = steps(warm_up, count)
+        warm, warm_read = steps(warm_up, count)
     if not place.first:
         return None
     return {
@@ -477,11 +497,12 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
         "batch": run.train.batch,
         "images": images,
         "image_bytes": int(moments[0].nbytes),
-        "steps": a_pass,
-        "first_pass_images_per_second": first,
-        "first_pass_bytes_read": first_read,
-        "second_pass_images_per_second": again,
-        "second_pass_bytes_read": again_read,
+        "steps": count,
+        "bytes_of_the_first_process": count * run.train.batch // place.world * int(moments[0].nbytes),
+        "cold_images_per_second": cold,
+        "cold_bytes_read": cold_read,
+        "warm_images_per_second": warm,
+        "warm_bytes_read": warm_read,
     }
 
 
@@ -618,7 +639,10 @@ def main(
                 how = FROM_DISK[name]
                 path = Path(folder) / "moments.f16"  # of one shape for all
                 if not path.exists():
-                    write_latents(path, training_of(VARIANTS[how.variant]))
+                    try:
+                        write_latents(path, training_of(VARIANTS[how.variant]))
+                    except files.ReproError as error:
+                        raise SystemExit(str(error)) from None
                 more = ["--latents", str(path)]
                 if how.gpus > 1:
                     starter += ["-m", "torch.distributed.run", "--standalone"]

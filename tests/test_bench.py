@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -346,8 +347,19 @@ def test_weights_that_start_at_0_are_filled_and_others_kept():
     assert torch.equal(net[0].weight, kept) and net[1].weight.all() and net[1].weight.abs().max() < 0.2
 
 
-def test_training_from_disk_reads_each_image_of_the_file_in_turn(tmp_path, monkeypatch):
-    """On a CPU, with a small network: the steps of a pass see all images once, and the rates are of steps."""
+def test_latents_of_a_file_differ_and_need_room(tmp_path, monkeypatch):
+    run = bench.training_of(bench.Variant(config.ViT(), config.Data("imagenet256", resolution=2, channels=1)))
+    bench.write_latents(tmp_path / "moments.f16", run, 10_003)
+    written = np.fromfile(tmp_path / "moments.f16", np.float16).reshape(10_003, 16)
+    assert len(np.unique(written, axis=0)) == 10_003
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 300_000))
+    with pytest.raises(bench.files.ReproError, match="has room for 0 GB, and latents take 0: give another"):
+        bench.write_latents(tmp_path / "more.f16", run, 10_003)
+    assert not (tmp_path / "more.f16").exists()
+
+
+def test_training_from_disk_reads_other_images_first_and_then_the_same(tmp_path, monkeypatch):
+    """On a CPU, with a small network: what steps see, and when the file is forgotten."""
     small = bench.Variant(
         config.ViT(patch=2, width=32, depth=1, heads=2),
         config.Data("imagenet256", resolution=4, channels=4, classes=10, autoencoder="paper/sd-vae-ft-mse"),
@@ -382,10 +394,9 @@ def test_training_from_disk_reads_each_image_of_the_file_in_turn(tmp_path, monke
     monkeypatch.setattr(bench, "forget_pages", lambda path: forgotten.append((path, len(seen))))
     found = bench.measure_from_disk("ViT-B/2 from disk", path, images)
     assert (found["gpus"], found["batch"], found["image_bytes"]) == (1, 8, 2 * 8 * 4 * 4 * 2)
-    assert len(set(seen[:images])) == images and set(seen[-8 * found["steps"] :]) <= set(range(images))
-    again = seen[images : 2 * images]
-    assert len(set(again)) == len(again)
-    warm_up = bench.cuda_graph.WARM_UP + 3
-    assert warm_up * 8 + found["steps"] * 8 < images  # the first pass that is timed reads no image twice
-    assert forgotten == [(path, warm_up * 8)]  # right before the first pass that is timed
-    assert found["first_pass_images_per_second"] > 0 and found["second_pass_images_per_second"] > 0
+    warm_up, timed = 8 * (bench.cuda_graph.WARM_UP + 3), 8 * found["steps"]
+    assert found["bytes_of_the_first_process"] == timed * found["image_bytes"]
+    assert seen[warm_up : warm_up + timed] == seen[warm_up + timed :]  # the same again, now warm
+    assert len(set(seen[: warm_up + timed])) == warm_up + timed > images - 8  # before, none of them
+    assert forgotten == [(path, 0)]  # before any is mapped
+    assert found["cold_images_per_second"] > 0 and found["warm_images_per_second"] > 0
