@@ -7,6 +7,7 @@
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
     python -m repro.bench --out paper/bench/disk.json --variants "ViT-B/2 from disk" \
         "ViT-B/2 from disk, 2 GPUs"
+    python -m repro.bench --out paper/bench/loader.json --variants "batches from disk"      (without a GPU)
 
 All variants are compiled at once, but for those from disk, which warm up by themselves; then each is timed
 in a process of its own, one after the other, so that nothing disturbs how cuDNN chooses its plans. FLOPs are
@@ -111,7 +112,10 @@ SAMPLING = {
 
 @dataclass(frozen=True)
 class FromDisk:
-    """What is measured end to end: the training of a variant on latents in a file, by so many GPUs."""
+    """What is measured end to end: the training of a variant on latents in a file, by so many GPUs.
+
+    By none: how fast batches of it are read, without training.
+    """
 
     variant: str
     gpus: int = 1
@@ -120,6 +124,7 @@ class FromDisk:
 FROM_DISK = {
     "ViT-B/2 from disk": FromDisk("ViT-B/2"),
     "ViT-B/2 from disk, 2 GPUs": FromDisk("ViT-B/2", 2),
+    "batches from disk": FromDisk("ViT-B/2", 0),
 }
 """By name. Each GPU takes the variant's images a step."""
 
@@ -506,6 +511,45 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
     }
 
 
+def measure_batches(name: str, path: Path, images: int = FILE_IMAGES, seconds: float = 60) -> dict:
+    """Time the reading of batches of the latents in `path` by one process, without training.
+
+    Cold and warm as in `measure_from_disk`; and beside it, cold, as the mapped file alone is read, where
+    nobody says which rows are to come. Each for at most so many seconds.
+    """
+    run = training_of(VARIANTS[FROM_DISK[name].variant])
+    labels = np.arange(images) % max(run.data.classes, 1)
+    place, shape = train.Place(0, 1, torch.device("cpu")), _latents_shape(run, images)
+    size, batch = 2 * math.prod(shape[1:]), run.train.batch
+    found = {}
+    for told in ("mapped_alone", "cold", "warm"):
+        if told != "warm":
+            forget_pages(path)
+        real = data.Dataset(name, np.memmap(path, np.float16, "r", shape=shape), labels, [], {})
+        batches = train.Batches(real, np.arange(images), run.train, place, resident=False)
+        began, read, steps = time.perf_counter(), bytes_read(), 0
+        while steps < min(DISK_STEPS, images // batch) and time.perf_counter() - began < seconds:
+            if told == "mapped_alone":
+                real.images[batches.rows(steps)]
+            else:
+                batches.fetch(steps)
+            steps += 1
+        found |= {
+            f"{told}_images_per_second": steps * batch / (time.perf_counter() - began),
+            f"{told}_bytes": steps * batch * size,
+            f"{told}_bytes_read": None if read is None else bytes_read() - read,
+        }
+        del real, batches  # what is mapped is not forgotten
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "name": name,
+        "images": images,
+        "image_bytes": size,
+        "memory_bytes": memory,
+        "batch": batch,
+    } | found
+
+
 @torch.no_grad()
 def fill_zeros(net: nn.Module) -> None:
     """Draw anew what an initialisation left 0, in place: products of zeros take a GPU less power and time."""
@@ -608,7 +652,7 @@ def main(
     """
     if one:
         if one in FROM_DISK:
-            found = measure_from_disk(one, latents)
+            found = (measure_from_disk if FROM_DISK[one].gpus else measure_batches)(one, latents)
         else:
             found = (measure_sampling if one in SAMPLING else measure)(one, only_compile)
         if found is not None:
@@ -618,7 +662,7 @@ def main(
     if unknown := [name for name in names if name not in known]:
         raise SystemExit(f"there is nothing called {unknown[0]!r} to measure; known: {', '.join(known)}")
     about = {
-        "device": evaluate.device_name("cuda"),
+        "device": evaluate.device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": train.versions(),
         "code": provenance.code_version("import repro.bench"),
         "commit": train.git_commit(),

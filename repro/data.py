@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from repro.files import ReproError
 
@@ -87,6 +90,24 @@ def load(name: str, root: str | Path | None = None) -> Dataset:
         found = f"{len(labels):,} labels and {len(classes)} classes"
         raise ReproError(f"{folder} has {found}; its manifest says otherwise. {again}")
     return Dataset(name, images, labels, classes, manifest)
+
+
+def rows_of(
+    array: Shaped[np.ndarray, "all *shape"], rows: Int[np.ndarray, " n"]
+) -> Shaped[np.ndarray, "n *shape"]:
+    """`array[rows]`, in memory.
+
+    Of a file mapped into memory each row is asked for first: then the disk reads many side by side, and
+    nothing around them. Without that a page is read at a time, and what lies around it too, many times what
+    was wanted of a file that memory does not hold.
+    """
+    if isinstance(array, np.memmap) and array.flags.c_contiguous and hasattr(os, "posix_fadvise"):
+        size = math.prod(array.shape[1:]) * array.itemsize
+        with suppress(OSError), open(array.filename, "rb") as file:
+            if array.offset + array.nbytes == os.fstat(file.fileno()).st_size:  # all of it, not a part
+                for row in rows.tolist():
+                    os.posix_fadvise(file.fileno(), array.offset + row * size, size, os.POSIX_FADV_WILLNEED)
+    return array[rows]
 
 
 def _command(name: str) -> str:

@@ -202,7 +202,7 @@ class Batches:
         if self.resident is not None:
             images = self.resident[torch.from_numpy(rows).to(self.place.device)]
         else:
-            images = torch.from_numpy(self.learned[rows]).to(self.place.device)
+            images = torch.from_numpy(data.rows_of(self.learned, rows)).to(self.place.device)
         labels = None
         if self.real.labels is not None:
             labels = torch.from_numpy(self.real.labels[rows]).to(self.place.device)

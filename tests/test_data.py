@@ -1,6 +1,7 @@
 """Prepared data sets: loading, verifying, holding out; bad input by name."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -94,3 +95,32 @@ def test_holdout_split_recorded():
 def test_holdout_split_out_of_range(count, holdout):
     with pytest.raises(ValueError, match=f"cannot hold out {holdout} of {count} images"):
         data.holdout_split(count, holdout)
+
+
+@given(st.lists(st.integers(0, 19), max_size=30), st.integers(0, 3))
+def test_rows_of_a_mapped_file_are_its_rows_and_are_asked_for_before(tmp_path_factory, rows, header):
+    path = tmp_path_factory.mktemp("rows") / "rows.f16"
+    numbers = np.arange(20 * 6, dtype=np.float16).reshape(20, 2, 3)
+    path.write_bytes(bytes(header) + numbers.tobytes())
+    mapped = np.memmap(path, np.float16, "r", offset=header, shape=(20, 2, 3))
+    asked, rows = [], np.array(rows, dtype=np.int64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "posix_fadvise", lambda _, *given: asked.append(given), raising=False)
+        patch.setattr(os, "POSIX_FADV_WILLNEED", "will need", raising=False)
+        found = data.rows_of(mapped, rows)
+        assert asked == [(header + 12 * row, 12, "will need") for row in rows]
+        assert np.array_equal(found, numbers[rows]) and not isinstance(found.base, np.memmap)
+        # what is no whole map of a file that is there: read all the same, and nothing is asked for
+        path.unlink()
+        for array in (mapped, numbers):
+            assert np.array_equal(data.rows_of(array, rows), numbers[rows])
+        assert len(asked) == len(rows)
+
+
+def test_rows_of_a_part_of_a_map_are_those_of_the_part(tmp_path, monkeypatch):
+    (tmp_path / "rows.u8").write_bytes(bytes(range(200)))
+    mapped = np.memmap(tmp_path / "rows.u8", np.uint8, "r", shape=(20, 10))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *_: pytest.fail("asked for other rows"), raising=False)
+    for part in (mapped[5:], mapped[::2], mapped[:, :5], mapped.T):
+        rows = np.array([3, 0])
+        assert np.array_equal(data.rows_of(part, rows), np.array(part)[rows])
