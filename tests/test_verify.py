@@ -372,3 +372,15 @@ def test_the_command_says_what_is_wrong_and_writes_it(recorded, tmp_path, capsys
     assert written["level"] == "records" and written["code"]
     assert main(["verify", "no-such-figure", "--level", "figures"]) == 1
     assert "there is no output 'no-such-figure'" in capsys.readouterr().out
+
+
+def test_what_was_measured_anew_on_gpus_are_all_records_with_a_distance():
+    """The committed report: of each the distance that is recorded now, within the tolerance of now."""
+    report = json.loads((provenance.ROOT / "paper" / "bench" / "verified.json").read_text())
+    findings = {finding["name"]: finding for finding in report["findings"]}
+    assert sorted(findings) == sorted(verify.measurable())
+    assert (report["count"], report["well"]) == (len(findings), len(findings))
+    for name, finding in findings.items():
+        recorded, measured = verify._own_lines(runs.load_run(name))[-1], finding["measured"]
+        assert measured["recorded"] == recorded["value"] and "NVIDIA" in measured["device"]
+        assert abs(measured["value"] / recorded["value"] - 1) <= measured["allowed"] == verify.tolerance()
