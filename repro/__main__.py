@@ -188,6 +188,8 @@ def sample(name: str, arguments: list[str]) -> None:
     place = training.find_place(options.device)
     if options.settings is not None and not options.record:
         raise ReproError("--settings draws rows that are recorded: add --record")
+    if options.record and options.precision != "fp32":
+        raise ReproError("pictures that are recorded are drawn in fp32: leave out --precision")
     if options.settings is not None:
         record = recorded.record
         for how in _sampler_settings(options, recorded.sample) if place.first else []:
@@ -267,6 +269,7 @@ def evaluate(name: str, arguments: list[str]) -> None:
 
     from repro import data, files, official, runs
     from repro import evaluate as evaluation
+    from repro import sample as drawing
     from repro import train as training
 
     recorded = runs.load_run(name)
@@ -311,6 +314,8 @@ def evaluate(name: str, arguments: list[str]) -> None:
     if protocol == "edm":
         evaluation.check_edm(options.neighbours, options.precision_recall, options.standard_errors)
         against = official.fid_reference(recorded.config.data.name, options.reference)
+    for run in measured:  # before the first is drawn
+        drawing.check_drawn_in(denoiser, run.sample, options.precision, place.device)
     if options.compile:
         denoiser.net = runs.compiled(denoiser.net)
         plans = recorded.config.train.cudnn_plans  # tried on the first batch, as in training
@@ -410,7 +415,8 @@ def measure(
     if not dry_run:
         measuring.measure(run, sizes, device, compile)
         return
-    print("\n".join(measuring.tell(measuring.missing(run, sizes))) or f"nothing is missing of {run}")
+    left = measuring.missing(run, sizes, device)
+    print("\n".join(measuring.tell(left)) or f"nothing is missing of {run}")
 
 
 def gradients(

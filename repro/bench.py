@@ -3,17 +3,19 @@
     python -m repro.bench --out paper/bench/unet64.json
     python -m repro.bench --out paper/bench/sampling.json --variants "ViT-L/4" "lab ViT" "lab UNet"
     python -m repro.bench --out paper/bench/sampling-vit.json --variants "ViT-L/4" "lab ViT"
-    python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2"
+    python -m repro.bench --out paper/bench/sampling-float8.json --variants "ViT-L/4"
+    python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2"     (and vit-float8.json)
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
-    python -m repro.bench --out paper/bench/disk.json --variants "ViT-B/2 from disk" \
+    python -m repro.bench --out paper/bench/disk-cold.json --variants "ViT-B/2 from disk" \
         "ViT-B/2 from disk, 2 GPUs"
-    python -m repro.bench --out paper/bench/loader.json --variants "batches from disk"      (without a GPU)
+    python -m repro.bench --out paper/bench/loader.json --variants "batches from disk"       (without a GPU)
 
 All variants are compiled at once, but for those from disk, which warm up by themselves; then each is timed
 in a process of its own, one after the other, so that nothing disturbs how cuDNN chooses its plans. FLOPs are
 those of the network as defined, however it is computed, counted by torch (2 per multiply-add, matrix products
 and convolutions only); a training step counts as 3 forward passes. Rates are medians over steps timed with
-CUDA events, on random data; those from disk are by the wall clock.
+CUDA events, on random data; those from disk are by the wall clock. (disk.json is of an earlier state of this
+script, which is not here: a file that memory holds, read twice.)
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -55,7 +57,6 @@ from repro import (
     train,
 )
 from repro.denoiser import Denoiser
-from repro.models import vit_fused
 from repro.models.norm import GroupNorm, added
 from repro.models.unet import InputConvolution, OutputConvolution, Resample
 
@@ -299,9 +300,8 @@ def forward_rates(forwards: dict[str, float], flops: float, matmul: float) -> di
 
 
 def precisions(run: config.Config) -> tuple[str, ...]:
-    """In which forward passes are timed: those of a ViT in float8 too, but on a GPU that has none."""
-    without = torch.cuda.is_available() and torch.cuda.get_device_capability() < vit_fused.FP8_CAPABILITY
-    return ("bf16", "fp8") if run.model.kind == "vit" and not without else ("bf16",)
+    """In which forward passes are timed: those of a ViT in float8 too, where the GPU has it."""
+    return ("bf16", "fp8") if sample.takes_fp8(run) else ("bf16",)
 
 
 def forward_in(
@@ -403,9 +403,10 @@ def busy_times(work: Callable[[], None]) -> dict:
 
 
 def write_latents(path: Path, run: config.Config, images: int = FILE_IMAGES) -> None:
-    """Write random moments as `repro.latents` lays them out: of each 5000 images the first numbers differ.
+    """Write moments as `repro.latents` lays them out: the same 5000 random images again and again.
 
-    Raises `ReproError` where the disk has no room for them.
+    All differ in their first number, but a storage that keeps equal parts once would read them faster than
+    others. Raises `ReproError` where the disk has no room for them.
     """
     shape = _latents_shape(run, images)
     wanted, free = 2 * math.prod(shape), shutil.disk_usage(path.parent).free
@@ -427,7 +428,7 @@ def write_latents(path: Path, run: config.Config, images: int = FILE_IMAGES) -> 
 def forget_pages(path: Path) -> None:
     """Let the system forget what it keeps of a file in memory.
 
-    Not what is mapped and was looked at, nor what lies in the same large folios: some 2 MB around each page.
+    Not what is mapped and was looked at, nor what Linux keeps together with such a page (a large folio).
     """
     with open(path, "rb") as file:
         if hasattr(os, "posix_fadvise"):
@@ -441,6 +442,25 @@ def bytes_read() -> int | None:
     except OSError:
         return None
     return int(counts["read_bytes"])
+
+
+def check_cold(read: int | None, wanted: int) -> None:
+    """Raise `ReproError` where less was read from a disk than was wanted, so that it was not cold."""
+    if read is not None and read < 0.9 * wanted:
+        raise files.ReproError(
+            f"{wanted:,} bytes were to come from a disk, and {read:,} did: the file is on no disk, or was "
+            "not forgotten; give another folder as --scratch"
+        )
+
+
+def read_ahead(path: Path) -> int | None:
+    """How many bytes Linux reads ahead on the disk that a file is on; nothing where it does not say."""
+    device = path.stat().st_dev
+    disk = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").resolve()
+    for place in (disk, disk.parent):  # a partition says it of its disk
+        with suppress(OSError, ValueError):
+            return 1024 * int((place / "queue" / "read_ahead_kb").read_text())
+    return None
 
 
 def _latents_shape(run: config.Config, images: int) -> tuple[int, ...]:
@@ -495,6 +515,8 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
         warm, warm_read = steps(warm_up, count)
     if not place.first:
         return None
+    wanted = count * run.train.batch // place.world * int(moments[0].nbytes)
+    check_cold(cold_read, wanted)
     return {
         "name": name,
         "variant": how.variant,
@@ -503,7 +525,8 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
         "images": images,
         "image_bytes": int(moments[0].nbytes),
         "steps": count,
-        "bytes_of_the_first_process": count * run.train.batch // place.world * int(moments[0].nbytes),
+        "bytes_of_the_first_process": wanted,
+        "read_ahead_bytes": read_ahead(path),
         "cold_images_per_second": cold,
         "cold_bytes_read": cold_read,
         "warm_images_per_second": warm,
@@ -515,7 +538,8 @@ def measure_batches(name: str, path: Path, images: int = FILE_IMAGES, seconds: f
     """Time the reading of batches of the latents in `path` by one process, without training.
 
     Cold and warm as in `measure_from_disk`; and beside it, cold, as the mapped file alone is read, where
-    nobody says which rows are to come. Each for at most so many seconds.
+    nobody says which rows are to come, which depends on how far the system reads ahead. Each for at most so
+    many seconds. Raises `ReproError` where cold was not cold.
     """
     run = training_of(VARIANTS[FROM_DISK[name].variant])
     labels = np.arange(images) % max(run.data.classes, 1)
@@ -539,6 +563,8 @@ def measure_batches(name: str, path: Path, images: int = FILE_IMAGES, seconds: f
             f"{told}_bytes": steps * batch * size,
             f"{told}_bytes_read": None if read is None else bytes_read() - read,
         }
+        if told != "warm":
+            check_cold(found[f"{told}_bytes_read"], found[f"{told}_bytes"])
         del real, batches  # what is mapped is not forgotten
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
@@ -546,6 +572,7 @@ def measure_batches(name: str, path: Path, images: int = FILE_IMAGES, seconds: f
         "images": images,
         "image_bytes": size,
         "memory_bytes": memory,
+        "read_ahead_bytes": read_ahead(path),
         "batch": batch,
     } | found
 
@@ -652,7 +679,10 @@ def main(
     """
     if one:
         if one in FROM_DISK:
-            found = (measure_from_disk if FROM_DISK[one].gpus else measure_batches)(one, latents)
+            try:
+                found = (measure_from_disk if FROM_DISK[one].gpus else measure_batches)(one, latents)
+            except files.ReproError as error:
+                raise SystemExit(str(error)) from None
         else:
             found = (measure_sampling if one in SAMPLING else measure)(one, only_compile)
         if found is not None:

@@ -306,9 +306,14 @@ def pair(
 def pooled_deviation(groups: Mapping[str, Sequence[float]]) -> float | None:
     """Standard deviation of ln(value) within groups, pooled over those of two or more; none without any."""
     logs = [np.log(values) for values in groups.values() if len(values) > 1]
-    freedom = sum(len(values) - 1 for values in logs)
     squares = sum(float(((values - values.mean()) ** 2).sum()) for values in logs)
+    freedom = pooled_freedom(groups)
     return math.sqrt(squares / freedom) if freedom else None
+
+
+def pooled_freedom(groups: Mapping[str, Sequence[float]]) -> int:
+    """With how many degrees of freedom `pooled_deviation` finds it: each group's values but one."""
+    return sum(len(values) - 1 for values in groups.values() if len(values) > 1)
 
 
 def deviation_at(ways: Mapping[str, Sequence[Curve]], point: int) -> float | None:

@@ -98,10 +98,14 @@ def rows_of(
     """`array[rows]`, in memory.
 
     Of a file mapped into memory each row is asked for first: then the disk reads many side by side, and
-    nothing around them. Without that a page is read at a time, and what lies around it too, many times what
-    was wanted of a file that memory does not hold.
+    nothing around them. Without that a page is read at a time, with what the system reads ahead around it:
+    many times what was wanted, of a file that memory does not hold. Nothing is asked for of a part of a map,
+    of a file that is no longer at the map's path, and where the system has no posix_fadvise (macOS).
+
+    rows: 0 or more, each below the length. Raises `IndexError` beyond it.
     """
-    if isinstance(array, np.memmap) and array.flags.c_contiguous and hasattr(os, "posix_fadvise"):
+    whole = isinstance(array, np.memmap) and array.filename is not None and array.flags.c_contiguous
+    if whole and hasattr(os, "posix_fadvise"):
         size = math.prod(array.shape[1:]) * array.itemsize
         with suppress(OSError), open(array.filename, "rb") as file:
             if array.offset + array.nbytes == os.fstat(file.fileno()).st_size:  # all of it, not a part

@@ -119,10 +119,13 @@ def first_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 4) -> list[Wo
     return _shared(run, "sweep", sweep(run), sizes.few, ELSEWHERE, parts)
 
 
-def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[list[Work]]:
+def second_part(
+    run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8, device: str | None = None
+) -> list[list[Work]]:
     """What is missing of the rest; work of one list is done in its order.
 
-    Raises `ReproError` where the sweep is not whole.
+    device: where, as not all have float8; by default this machine's GPU, or one that has it. Raises
+    `ReproError` where the sweep is not whole.
     """
     own, first = run.sample, run.config.evaluate.first_seed
     chosen, ten = best(run, sizes), run.config.evaluate.samples
@@ -132,7 +135,8 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
                 f"{blocks} blocks of {samples:,} samples would reach the sweep's seeds, from "
                 f"{ELSEWHERE:,} on; take fewer"
             )
-    work = _shared(run, "samplers", listed("imagenet64-samplers", own), sizes.few, first, parts)
+    ways = listed("imagenet64-samplers", own)
+    work = _shared(run, "samplers", ways, sizes.few, first, parts)
     for block in range(sizes.blocks):
         seed, further = first + block * sizes.many, ()
         lines = _lines(run, own, sizes.many, seed)
@@ -147,13 +151,14 @@ def second_part(run: runs.Run, sizes: Sizes = Sizes(), parts: int = 8) -> list[l
             work.append(_evaluate(run, f"block {block}", [own], sizes.many, seed, further))
     small = [first + block * sizes.few for block in range(sizes.few_blocks)]
     measured = [bool(_lines(run, own, sizes.few, seed)) for seed in small]
+    measured[0] |= own in ways  # is one of the samplers
     if sizes.few_blocks > 1 and not all(measured):
         start = measured.index(False)  # from there on all, by one command, which compiles once
         further = ("--blocks", str(len(small) - start))
         work.append(
             _evaluate(run, "small blocks", [own], sizes.few, small[start], further, len(small) - start)
         )
-    for precision in ("fp32", "fp16") + (("fp8",) if run.config.model.kind == "vit" else ()):
+    for precision in ("fp32", "fp16") + (("fp8",) if sample.takes_fp8(run.config, device) else ()):
         if not _lines(run, own, sizes.few, ELSEWHERE, precision):
             further = ("--precision", precision)
             work.append(_evaluate(run, precision, [own], sizes.few, ELSEWHERE, further))
@@ -218,13 +223,14 @@ def load(name: str) -> runs.Run:
     return run
 
 
-def missing(name: str, sizes: Sizes = Sizes()) -> list[Work]:
+def missing(name: str, sizes: Sizes = Sizes(), device: str | None = None) -> list[Work]:
     """What `measure` would do; where the sweep is not whole, that alone, as its best is not known.
 
-    Raises what `load` does.
+    device: as in `second_part`. Raises what `load` does.
     """
     run = load(name)
-    return first_part(run, sizes) or [one for works in second_part(run, sizes) for one in works]
+    left = first_part(run, sizes)
+    return left or [one for works in second_part(run, sizes, device=device) for one in works]
 
 
 def tell(works: Iterable[Work]) -> list[str]:
@@ -262,7 +268,7 @@ def measure(name: str, sizes: Sizes = Sizes(), device: str | None = None, compil
         parts = len(devices) * math.ceil(4 / len(devices))  # as many for each
         _work_off([[one] for one in first_part(run, sizes, parts)], run, **how)
         run = load(name)  # with what was measured
-        _work_off(second_part(run, sizes, 2 * parts), run, **how)
+        _work_off(second_part(run, sizes, 2 * parts, devices[0]), run, **how)
         shutil.rmtree(logs, ignore_errors=True)
 
 

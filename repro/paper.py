@@ -27,8 +27,11 @@ import numpy as np
 import pandas
 from jaxtyping import UInt8
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
@@ -176,6 +179,32 @@ def draw_band(
     ax.yaxis.set_minor_formatter("{x:g}")
     ax.tick_params(axis="y", which="minor", labelsize=5)
     return drawn
+
+
+def named_band(axes: Iterable[Axes], label: str) -> dict[str, Patch]:
+    """A legend's entry for bands, by its label; none where none of the `axes` has a band."""
+    drawn = any(isinstance(one, PolyCollection) for ax in axes for one in ax.collections)
+    return {label: Patch(color="0.4", alpha=0.25, lw=0)} if drawn else {}
+
+
+def plain_log_ticks(axis: Axis, most: int = 7) -> None:
+    """Plain numbers on a logarithmic axis that has its data: the finest steps with at most so many.
+
+    Evenly spaced numbers where the axis is so short that these are fewer than three.
+    """
+    low, high = sorted(axis.get_view_interval())
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    for steps in ((1, 1.5, 2, 3, 4, 5, 7), (1, 2, 3, 5), (1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**decade for decade in (*decades, decades.stop) for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= most:
+            break
+    if len(ticks) < 3:
+        evenly = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+        ticks = [tick for tick in evenly if low <= tick <= high]
+    axis.set_ticks(ticks)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
 
 
 def draw_speed_ups(

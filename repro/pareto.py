@@ -399,7 +399,7 @@ def measure(
         total = None
         for first in range(0, len(group), batch):
             some = group[first : first + batch]
-            y = latents.plain(torch.from_numpy(learned[some])).to(device)
+            y = latents.plain(torch.from_numpy(data.rows_of(learned, some))).to(device)
             noise = sample.SeedNoise([NOISE_SEED + int(i) for i in some], y.shape[1:], device)()
             labels = torch.from_numpy(real.labels[some]).to(device) if run.data.classes else None
             found = gradients(D, y, noise, sigmas, weight, labels, chunk).mul_(batch / len(group))

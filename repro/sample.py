@@ -304,8 +304,7 @@ def generate(
     if labels is None and run.data.classes:
         labels = labels_for(seeds, run.data.classes)
     check_low_noise(run, sample)
-    nets = _networks(denoiser, sample) if precision == "fp8" else []
-    check_precision(device, precision, nets)
+    nets = check_drawn_in(denoiser, sample, precision, device)
     labelled = guided(denoiser, sample)
     looks_at_sigma = sample.guidance_interval is not None or sample.low_noise is not None
     if cuda_graphs and torch.device(device).type == "cuda" and not looks_at_sigma:
@@ -355,6 +354,38 @@ def check_precision(device: str | torch.device, precision: str, nets: Sequence[n
         )
     for net in plain:
         net.check_fp8(device)
+
+
+def check_drawn_in(
+    denoiser: Denoiser, sample: config.Sample, precision: str, device: str | torch.device
+) -> list[nn.Module]:
+    """For "fp8" all networks that drawing as `sample` says asks, else none.
+
+    Raises what `check_precision` does of them.
+    """
+    nets = _networks(denoiser, sample) if precision == "fp8" else []
+    check_precision(device, precision, nets)
+    return nets
+
+
+def takes_fp8(run: config.Config, device: str | torch.device | None = None) -> bool:
+    """Whether the network of `run` can draw in "fp8" on `device`.
+
+    device: by default this machine's GPU; without one, whether it could on a GPU that has float8.
+    """
+    if run.model.kind != "vit":
+        return False
+    if device is None and not torch.cuda.is_available():
+        return True
+    from repro import runs  # which imports this module
+
+    with torch.device("meta"):
+        net = runs.network(run)
+    try:
+        check_precision(device or "cuda", "fp8", [net])
+    except ReproError:
+        return False
+    return True
 
 
 @contextmanager

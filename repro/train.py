@@ -1091,7 +1091,7 @@ def held_out_loss(
         total, count = 0.0, 0
         for first in range(0, len(indices) - batch + 1, batch):
             rows = indices[first : first + batch]
-            y = latents.plain(torch.from_numpy(learned[rows])).to(device)
+            y = latents.plain(torch.from_numpy(data.rows_of(learned, rows))).to(device)
             labels = torch.from_numpy(real.labels[rows]).to(device) if run.data.classes else None
             generator = torch.Generator().manual_seed(seed_of("held-out loss", first))
             noise = torch.randn(y.shape, generator=generator).to(device)

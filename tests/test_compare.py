@@ -205,6 +205,7 @@ def test_the_pooled_deviation_by_hand():
     squares = 2 * np.log(groups["a"]).var(ddof=1) + np.log(groups["b"]).var(ddof=1)
     assert compare.pooled_deviation(groups) == pytest.approx(math.sqrt(squares / 3))
     assert compare.pooled_deviation({"alone": [3.0]}) is None
+    assert compare.pooled_freedom(groups) == 3 and compare.pooled_freedom({"alone": [3.0], "none": []}) == 0
 
 
 def test_the_deviation_at_one_measurement():

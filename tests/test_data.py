@@ -112,7 +112,7 @@ def test_rows_of_a_mapped_file_are_its_rows_and_are_asked_for_before(tmp_path_fa
         assert np.array_equal(found, numbers[rows]) and not isinstance(found.base, np.memmap)
         # what is no whole map of a file that is there: read all the same, and nothing is asked for
         path.unlink()
-        for array in (mapped, numbers):
+        for array in (mapped, mapped.copy(), mapped.astype(np.float32), numbers):
             assert np.array_equal(data.rows_of(array, rows), numbers[rows])
         assert len(asked) == len(rows)
 

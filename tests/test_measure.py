@@ -89,6 +89,7 @@ class Commands:
 def three_gpus(monkeypatch, tmp_path):
     monkeypatch.setattr(measure.torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(measure.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure.sample, "takes_fp8", lambda run, device: run.model.kind == "vit")
     monkeypatch.setattr(measure.tempfile, "tempdir", str(tmp_path))
 
 
@@ -148,7 +149,7 @@ def test_a_sweep_is_done_first_and_then_its_best_is_measured_and_drawn(record, m
     assert order.index("pictures by guidance") < order.index("pictures by samplers")
     seeds = [by_name[f"block {n}"].arguments[3] for n in range(3)]
     assert seeds == ["1000000", "1050000", "1100000"]
-    assert by_name["small blocks"].arguments[1::2] == ("5000", "1000000", "10")
+    assert by_name["small blocks"].arguments[1::2] == ("5000", "1005000", "9")  # the first is a sampler's
     for precision in ("fp32", "fp16", "fp8"):
         assert by_name[precision].arguments[-2:] == ("--precision", precision)
     # 39 evaluations of Heun's 20 steps, guided: 78 passes an image
@@ -180,6 +181,14 @@ def test_float8_is_measured_of_vits_alone(record, monkeypatch):
     (record / "run.json").write_text(json.dumps(values))
     of_unet = {one.told for works in measure.second_part(runs.load_run(NAME)) for one in works}
     assert of_vit - of_unet == {"fp8"}
+
+
+def test_what_a_device_has_no_float8_for_is_not_missing_there(record):
+    run = runs.load_run(NAME)
+    for how in measure.sweep(run):
+        Commands(record).append(line(run, how, 5000, measure.ELSEWHERE, 30.0))
+    told = {one.told for one in measure.missing(NAME, device="cpu")}
+    assert {"fp32", "fp16"} < told and "fp8" not in told
 
 
 def test_the_longest_work_comes_first(record, monkeypatch):

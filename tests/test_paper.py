@@ -344,6 +344,42 @@ def test_a_band_is_drawn_where_seeds_differ():
     plt.close(fig)
 
 
+def test_bands_are_named_in_a_legend_where_there_are_some():
+    images, middle = np.array([1e6, 2e6]), np.array([20.0, 10.0])
+    _, axes = plt.subplots(1, 2)
+    for ax in axes:
+        paper.draw_band(ax, images, middle, middle, middle, "-", "red", 2.0, "one seed")
+    assert paper.named_band(axes, "range") == {}
+    paper.draw_band(axes[1], images, middle, middle / 2, middle * 2, "-", "red", 2.0, "seeds")
+    (entry,) = paper.named_band(axes, "range").values()
+    assert list(paper.named_band(axes, "range")) == ["range"]
+    (band,) = axes[1].collections
+    assert entry.get_alpha() == band.get_alpha()  # as strong as what it names
+
+
+@pytest.mark.parametrize(
+    ("limits", "expected"),
+    [
+        ((0.17, 0.72), [0.2, 0.3, 0.4, 0.5, 0.7]),
+        ((0.9, 11), [1, 2, 3, 5, 10]),
+        ((140, 560), [150, 200, 300, 400, 500]),
+        ((0.15, 8), [0.2, 0.3, 0.5, 1, 2, 3, 5]),
+        ((1e-3, 1e3), [1e-3, 1e-2, 0.1, 1, 10, 100, 1000]),
+        ((1, 1e9), [10.0**n for n in range(10)]),  # more than asked for, but no fewer are round
+        ((5.1, 6.9), [5.5, 6, 6.5]),
+        ((31, 49), [35, 40, 45]),
+    ],
+)
+def test_logarithmic_ticks_are_round_and_few(limits, expected):
+    _, ax = plt.subplots()
+    ax.set(xscale="log", xlim=limits)
+    paper.plain_log_ticks(ax.xaxis)
+    assert ax.get_xticks() == pytest.approx(expected)
+    assert ax.get_xlim() == pytest.approx(limits)
+    assert len(ax.get_xticks(minor=True)) == 0
+    assert ax.xaxis.get_major_formatter()(expected[0]) == f"{expected[0]:g}"
+
+
 def test_speed_ups_run_from_far_to_near_with_a_band_where_there_is_an_interval():
     fig, ax = plt.subplots()
     numbers = np.array([[300, 200, 100], [1, 2, 3], [0.5, 1, 0], [1.5, 3, np.inf]])
