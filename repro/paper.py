@@ -175,9 +175,7 @@ def draw_band(
     if (low < high).any():
         ax.fill_between(images / 1e6, low, high, color=colour, alpha=0.25, lw=0)
     ax.set_yscale("log")
-    ax.yaxis.set_major_formatter("{x:g}")
-    ax.yaxis.set_minor_formatter("{x:g}")
-    ax.tick_params(axis="y", which="minor", labelsize=5)
+    plain_log_ticks(ax.yaxis)
     return drawn
 
 
@@ -228,12 +226,8 @@ def draw_speed_ups(
     ax.fill_between(distances, low, high, where=known, color=colour, alpha=0.25, lw=0)
     ax.set_xscale("log")
     ax.set_yscale("log")
-    ax.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))  # also where it spans no decade
-    ax.yaxis.set_minor_locator(NullLocator())
     for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_formatter("{x:g}")
-    ax.tick_params(axis="x", which="minor", labelsize=plt.rcParams["xtick.labelsize"])
+        plain_log_ticks(axis)
     if not ax.xaxis_inverted():
         ax.invert_xaxis()
     return drawn

@@ -57,10 +57,10 @@ def products(float8: bool) -> Iterator[None]:
 def check_fp8(device: str | torch.device, tokens: int, width: int, heads: int, hidden: int) -> None:
     """Raise `ReproError` where blocks of that size cannot take products of float8 numbers on `device`."""
     device = torch.device(device)
-    if vit_kernels is None:
-        raise ReproError("the precision fp8 needs Triton, which is not installed: take bf16")
     if device.type != "cuda" or torch.version.hip is not None:
         raise ReproError(f"the precision fp8 needs an NVIDIA GPU, and this is {device}: take fp32 or bf16")
+    if vit_kernels is None:
+        raise ReproError("the precision fp8 needs Triton, which is not installed: take bf16")
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
         raise ReproError(
