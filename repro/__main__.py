@@ -637,7 +637,7 @@ def verify(
 
         gpus = 0 if device else torch.cuda.device_count()
         if gpus == 0 and (device is None or device == "cpu"):
-            print("on a CPU this takes days; name one run, or use a GPU", file=sys.stderr, flush=True)
+            print("on a CPU a run takes hours; a GPU is what this is for", file=sys.stderr, flush=True)
         if gpus > 1:
             tell(verifying.shared_out(ids or None, [f"cuda:{gpu}" for gpu in range(gpus)]))
         else:

@@ -467,6 +467,14 @@ def _latents_shape(run: config.Config, images: int) -> tuple[int, ...]:
     return (images, 2, 2 * run.data.channels, run.data.resolution, run.data.resolution)
 
 
+def _batches_of(path: Path, run: config.Config, images: int, place: train.Place) -> train.Batches:
+    """Training batches of the latents in `path`, which is mapped into memory, and not kept on a GPU."""
+    moments = np.memmap(path, np.float16, "r", shape=_latents_shape(run, images))
+    labels = np.arange(images) % max(run.data.classes, 1)
+    real = data.Dataset(path.stem, moments, labels, [""] * run.data.classes, {})
+    return train.Batches(real, np.arange(images), run.train, place, resident=False)
+
+
 def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict | None:
     """Time training steps on the latents in `path`, read as `repro.train` reads what no GPU can hold.
 
@@ -484,11 +492,7 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
         forget_pages(path)
     if place.world > 1:
         torch.distributed.barrier()
-    moments = np.memmap(path, np.float16, "r", shape=_latents_shape(run, images))
-    labels = np.arange(images) % max(run.data.classes, 1)
-    real = data.Dataset(name, moments, labels, [""] * run.data.classes, {})
-    # not on the GPU, as the latents of all of ImageNet are where a GPU has no room for them
-    batches = train.Batches(real, np.arange(images), run.train, place, resident=False)
+    batches = _batches_of(path, run, images, place)
     generator = torch.Generator(place.device)
     warm_up = cuda_graph.WARM_UP + 3
     count = min(DISK_STEPS, images // run.train.batch - warm_up)
@@ -515,7 +519,8 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
         warm, warm_read = steps(warm_up, count)
     if not place.first:
         return None
-    wanted = count * run.train.batch // place.world * int(moments[0].nbytes)
+    size = int(batches.real.images[0].nbytes)
+    wanted = count * run.train.batch // place.world * size
     check_cold(cold_read, wanted)
     return {
         "name": name,
@@ -523,7 +528,7 @@ def measure_from_disk(name: str, path: Path, images: int = FILE_IMAGES) -> dict 
         "gpus": place.world,
         "batch": run.train.batch,
         "images": images,
-        "image_bytes": int(moments[0].nbytes),
+        "image_bytes": size,
         "steps": count,
         "bytes_of_the_first_process": wanted,
         "read_ahead_bytes": read_ahead(path),
@@ -542,19 +547,17 @@ def measure_batches(name: str, path: Path, images: int = FILE_IMAGES, seconds: f
     many seconds. Raises `ReproError` where cold was not cold.
     """
     run = training_of(VARIANTS[FROM_DISK[name].variant])
-    labels = np.arange(images) % max(run.data.classes, 1)
-    place, shape = train.Place(0, 1, torch.device("cpu")), _latents_shape(run, images)
-    size, batch = 2 * math.prod(shape[1:]), run.train.batch
+    place = train.Place(0, 1, torch.device("cpu"))
+    size, batch = 2 * math.prod(_latents_shape(run, 1)), run.train.batch
     found = {}
     for told in ("mapped_alone", "cold", "warm"):
         if told != "warm":
             forget_pages(path)
-        real = data.Dataset(name, np.memmap(path, np.float16, "r", shape=shape), labels, [], {})
-        batches = train.Batches(real, np.arange(images), run.train, place, resident=False)
+        batches = _batches_of(path, run, images, place)
         began, read, steps = time.perf_counter(), bytes_read(), 0
         while steps < min(DISK_STEPS, images // batch) and time.perf_counter() - began < seconds:
             if told == "mapped_alone":
-                real.images[batches.rows(steps)]
+                batches.learned[batches.rows(steps)]
             else:
                 batches.fetch(steps)
             steps += 1
@@ -565,7 +568,7 @@ def measure_batches(name: str, path: Path, images: int = FILE_IMAGES, seconds: f
         }
         if told != "warm":
             check_cold(found[f"{told}_bytes_read"], found[f"{told}_bytes"])
-        del real, batches  # what is mapped is not forgotten
+        del batches  # what is mapped is not forgotten
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "name": name,

@@ -27,6 +27,13 @@ DRAWN, DRAWN_LATER, DRAWN_FLOAT8 = (
     for name in ("sampling", "sampling-vit", "sampling-float8")
 )
 
+OF_LATENTS = bench.Variant(
+    config.ViT(patch=2, width=32, depth=1, heads=2),
+    config.Data("imagenet256", resolution=4, channels=4, classes=10, autoencoder="paper/sd-vae-ft-mse"),
+    batch=8,
+)
+"""A small network that trains on latents of a file."""
+
 
 def with_model(model: config.UNet, resolution: int) -> config.Config:
     lab = presets.preset("lab/celeba64-unet")
@@ -411,12 +418,7 @@ def test_latents_of_a_file_differ_and_need_room(tmp_path, monkeypatch):
 
 
 def test_batches_from_disk_are_those_of_training_and_what_is_read_is_counted(tmp_path, monkeypatch):
-    small = bench.Variant(
-        config.ViT(patch=2, width=32, depth=1, heads=2),
-        config.Data("imagenet256", resolution=4, channels=4, classes=10, autoencoder="paper/sd-vae-ft-mse"),
-        batch=8,
-    )
-    run = bench.training_of(small)
+    run = bench.training_of(OF_LATENTS)
     monkeypatch.setattr(bench, "training_of", lambda variant: run)
     bench.write_latents(path := tmp_path / "moments.f16", run, 50)
     asked, rows_of = [], bench.data.rows_of
@@ -438,12 +440,7 @@ def test_batches_from_disk_are_those_of_training_and_what_is_read_is_counted(tmp
 
 def test_training_from_disk_reads_other_images_first_and_then_the_same(tmp_path, monkeypatch):
     """On a CPU, with a small network: what steps see, and when the file is forgotten."""
-    small = bench.Variant(
-        config.ViT(patch=2, width=32, depth=1, heads=2),
-        config.Data("imagenet256", resolution=4, channels=4, classes=10, autoencoder="paper/sd-vae-ft-mse"),
-        batch=8,
-    )
-    run = bench.training_of(small)
+    run = bench.training_of(OF_LATENTS)
     run = dataclasses.replace(run, train=dataclasses.replace(run.train, compile=False))
     images = 99
     monkeypatch.setattr(bench, "training_of", lambda variant, gpus=1: run)
