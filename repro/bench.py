@@ -4,7 +4,7 @@
     python -m repro.bench --out paper/bench/sampling.json --variants "ViT-L/4" "lab ViT" "lab UNet"
     python -m repro.bench --out paper/bench/sampling-vit.json --variants "ViT-L/4" "lab ViT"
     python -m repro.bench --out paper/bench/sampling-float8.json --variants "ViT-L/4"
-    python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2"     (and vit-float8.json)
+    python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2" "ViT-XL/2, batch 64"
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
     python -m repro.bench --out paper/bench/disk-cold.json --variants "ViT-B/2 from disk" \
         "ViT-B/2 from disk, 2 GPUs"
@@ -89,7 +89,8 @@ VARIANTS = {
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
     "lab": Variant(_lab, cuda_graphs=True),
     "ViT-B/2": Variant(*presets.TABLE_1["ViT-Base"], cuda_graphs=True),
-    "ViT-XL/2": Variant(*presets.TABLE_1["ViT-XL"], batch=256, cuda_graphs=True),
+    "ViT-XL/2": Variant(*presets.TABLE_1["ViT-XL"], batch=384, cuda_graphs=True),
+    "ViT-XL/2, batch 64": Variant(*presets.TABLE_1["ViT-XL"], batch=64, cuda_graphs=True),
     "ADM-64": Variant(_adm.model, _adm.data, batch=128, cuda_graphs=True),
 }
 """By name. `ViT-*` on latents of 4 x 32 x 32, drawn anew in each step as in training; the last is ADM's

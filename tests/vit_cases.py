@@ -197,10 +197,11 @@ def rows_of_float8_that_are_special():
 
 
 def blocks_fp8(tokens, heads, d):
-    """Two blocks, with products of float8 numbers: their output beside the same blocks in float64, over what
-    the blocks add to their input; and that beside an emulation in float64 that rounds to float8 only."""
+    """Three blocks, with products of float8 numbers: their output beside the same blocks in float64, over
+    what the blocks add to their input; beside an emulation in float64 that rounds to float8 only, in all
+    blocks but the first; and beside one that rounds in all."""
     width = heads * d
-    stack = nn.ModuleList(Block(width, heads, 2.0) for _ in range(2)).requires_grad_(False)
+    stack = nn.ModuleList(Block(width, heads, 2.0) for _ in range(3)).requires_grad_(False)
     for i, (name, parameter) in enumerate(stack.named_parameters()):
         parameter.copy_(draw(*parameter.shape, seed=i, dtype=torch.float32, scale=0.2))
         if "norm" in name:
@@ -211,21 +212,16 @@ def blocks_fp8(tokens, heads, d):
     torch.set_autocast_dtype("cuda", torch.bfloat16)
     with torch.autocast(DEVICE, torch.bfloat16), vit_fused.products(float8=True):
         out = vit_fused.run(stack, z)
-    exact = copy.deepcopy(stack).double()
-    plain = z.double()
-    for block in exact:
-        plain = block(plain)
-    for block in exact:
-        for linear in (block.attn.qkv, block.mlp.fc1, block.mlp.fc2):
+    exact, but_first, emulated = (copy.deepcopy(stack).double() for _ in range(3))
+    for block in (*but_first[1:], *emulated):
+        for product, name in ((block.attn, "qkv"), (block.mlp, "fc1"), (block.mlp, "fc2")):
+            linear = getattr(product, name)
             weight, scale = rounded(linear.weight)
             linear.weight.copy_(weight.double() * scale)
-        for product, name in ((block.attn, "qkv"), (block.mlp, "fc1"), (block.mlp, "fc2")):
-            getattr(product, name).register_forward_pre_hook(_round_input)
-    emulated = z.double()
-    for block in exact:
-        emulated = block(emulated)
-    added = (plain - z).norm()
-    return [float((out - each).norm() / added) for each in (plain, emulated)]
+            linear.register_forward_pre_hook(_round_input)
+    found = [nn.Sequential(*blocks)(z.double()) for blocks in (exact, but_first, emulated)]
+    added = (found[0] - z).norm()
+    return [float((out - each).norm() / added) for each in found]
 
 
 def _round_input(_, given):
