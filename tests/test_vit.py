@@ -392,7 +392,7 @@ def by_kernels():
 @pytest.mark.parametrize(
     "case",
     ["258 tokens", "heads of 72", "whole blocks", "fewer tokens than a block", "other blocks",
-     "other blocks, heads of 40"],
+     "other blocks, heads of 40", "a long tail", "a long tail, heads of 24"],
 )  # fmt: skip
 def test_attention_by_kernels_is_attention_to_half_precision(by_kernels, case):
     out, lse, gradient, queries, values = by_kernels[case]

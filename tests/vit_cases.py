@@ -242,6 +242,8 @@ vit_kernels.FORWARD = vit_kernels.QUERIES = vit_kernels.KEYS = small
 cases |= {
     "other blocks": attention(2, 70, 2, 32),
     "other blocks, heads of 40": attention(1, 53, 2, 40),
+    "a long tail": attention(2, 54, 1, 32),
+    "a long tail, heads of 24": attention(1, 29, 2, 24),
     "sum and norm": add_norm(37, 96, True),
     "sum and norm, one part": add_norm(3, 128, True),
     "sum and norm, masked": add_norm(3, 200, True),
