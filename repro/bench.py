@@ -14,8 +14,9 @@ All variants are compiled at once, but for those from disk, which warm up by the
 in a process of its own, one after the other, so that nothing disturbs how cuDNN chooses its plans. FLOPs are
 those of the network as defined, however it is computed, counted by torch (2 per multiply-add, matrix products
 and convolutions only); a training step counts as 3 forward passes. Rates are medians over steps timed with
-CUDA events, on random data; those from disk are by the wall clock. (disk.json is of an earlier state of this
-script, which is not here: a file that memory holds, read twice.)
+CUDA events, on random data; those from disk are by the wall clock. (Of earlier states of this script or of
+the library, not here: disk.json, of a file that memory holds, read twice; disk-mapped.json, of latents read
+without asking for them first; vit-first-gpu.json and vit-second-gpu.json, the ViTs on other GPUs of a kind.)
 """
 
 from __future__ import annotations
@@ -710,7 +711,8 @@ def main(
             if name not in FROM_DISK
         ]
         for compiling in compilings:
-            compiling.wait()
+            if compiling.wait():
+                print(f"{compiling.args[-2]} is compiled when it is measured: see above", file=sys.stderr)
         for name in names:
             starter, more = [sys.executable], []
             if name in FROM_DISK:

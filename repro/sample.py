@@ -331,7 +331,7 @@ def generate(
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
 """Precisions, and what the network's products are computed in where that is not float32.
 
-"fp8": of a ViT's blocks, three products of four are of float8 numbers; what surrounds them is in bfloat16.
+"fp8": of a ViT's blocks but the first, three products of four are of float8 numbers; the rest is in bfloat16.
 """
 
 
@@ -393,8 +393,8 @@ def autocast(device: str | torch.device, precision: str, nets: Sequence[nn.Modul
     """A block in which networks run in that precision on `device`.
 
     precision: "fp32"; "bf16" or "fp16" for autocast; or "fp8", to sample with `nets`: products qkv, fc1 and
-    fc2 are then of float8 numbers and the rest as in "bf16", and gradients are refused. Raises what
-    `check_precision` does.
+    fc2 of all blocks but the first are then of float8 numbers and the rest as in "bf16", and gradients are
+    refused. Raises what `check_precision` does.
     """
     check_precision(device, precision, nets)
     dtype = AUTOCAST[precision]
