@@ -705,14 +705,14 @@ def main(
     results, failed = [], []
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         command = ["-m", "repro.bench", "--out", str(Path(folder) / "one.json"), "--one"]
-        compilings = [
-            subprocess.Popen([sys.executable, *command, name, "--only-compile"])
+        compilings = {
+            name: subprocess.Popen([sys.executable, *command, name, "--only-compile"])
             for name in names
             if name not in FROM_DISK
-        ]
-        for compiling in compilings:
-            if compiling.wait():
-                print(f"{compiling.args[-2]} is compiled when it is measured: see above", file=sys.stderr)
+        }
+        for name, compiling in compilings.items():
+            if compiling.wait():  # not all may fit on the GPU at once
+                print(f"{name} is compiled when it is measured: see above", file=sys.stderr)
         for name in names:
             starter, more = [sys.executable], []
             if name in FROM_DISK:

@@ -229,6 +229,25 @@ def test_what_cannot_be_measured_is_named(tmp_path):
         bench.main(tmp_path / "out.json", ("ViT",))
 
 
+def test_what_was_not_compiled_beside_the_others_is_measured_all_the_same(tmp_path, monkeypatch, capsys):
+    def popen(command):
+        return SimpleNamespace(wait=lambda: int("ViT-XL/2" in command))  # no memory left for it
+
+    def run(command):
+        name = command[command.index("--one") + 1]
+        Path(command[command.index("--out") + 1]).write_text(json.dumps({"name": name}))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(bench.train, "git_commit", lambda: "unknown")
+    monkeypatch.setattr(bench.subprocess, "Popen", popen)
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    names = ("ViT-B/2", "ViT-XL/2")
+    bench.main(tmp_path / "out.json", names)
+    found = json.loads((tmp_path / "out.json").read_text())["variants"]
+    assert tuple(variant["name"] for variant in found) == names
+    assert capsys.readouterr().err == "ViT-XL/2 is compiled when it is measured: see above\n"
+
+
 def test_the_committed_measurements_are_of_all_variants_on_faces():
     of_faces = {name for name, variant in bench.VARIANTS.items() if variant.data is None}
     assert {variant["name"] for file in FILES for variant in file["variants"]} == of_faces
