@@ -90,7 +90,7 @@ VARIANTS = {
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
     "lab": Variant(_lab, cuda_graphs=True),
     "ViT-B/2": Variant(*presets.TABLE_1["ViT-Base"], cuda_graphs=True),
-    "ViT-XL/2": Variant(*presets.TABLE_1["ViT-XL"], batch=384, cuda_graphs=True),
+    "ViT-XL/2": Variant(*presets.TABLE_1["ViT-XL"], batch=256, cuda_graphs=True),
     "ViT-XL/2, batch 64": Variant(*presets.TABLE_1["ViT-XL"], batch=64, cuda_graphs=True),
     "ADM-64": Variant(_adm.model, _adm.data, batch=128, cuda_graphs=True),
 }

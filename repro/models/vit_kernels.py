@@ -412,10 +412,13 @@ class Blocks:
 
 
 FORWARD = {False: Blocks(64, 64, 4, 3), True: Blocks(128, 64, 4, 3)}
-QUERIES = {False: Blocks(64, 64, 4, 2), True: Blocks(128, 64, 4, 3)}
+QUERIES = {False: Blocks(64, 64, 4, 3), True: Blocks(128, 64, 4, 3)}
 KEYS = {False: Blocks(64, 32, 4, 3), True: Blocks(64, 64, 4, 3)}
 """Of attention, of its gradient by queries, and of that by keys and values: for heads whose size is a power
 of two, and (True) for those in two parts. The fastest of those tried on an H200 with 258 tokens."""
+
+FEW = Blocks(16, 32, 1, 2)
+"""Of the gradients of so few rows that blocks leave over."""
 
 MOST_TOKENS = 1024
 """With more, a kernel for long sequences is the better one."""
@@ -504,13 +507,18 @@ def _along(a1, a2, b1, b2, D2: tl.constexpr):
 
 
 @triton.jit
-def _where(width, BLOCKS: tl.constexpr, S: tl.constexpr, D: tl.constexpr):
-    """Of a program: its block, and where its head of its image is in qkv, in out, in lse and in the sums."""
+def _where(
+    width, FIRST: tl.constexpr, PROGRAMS: tl.constexpr, BLOCKS: tl.constexpr, S: tl.constexpr, D: tl.constexpr
+):
+    """Of a program: its block, and where its head of its image is in qkv, in out, in lse and in the sums.
+
+    There are BLOCKS an image, and programs for PROGRAMS of them, from the FIRST on.
+    """
     program, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    image = program // BLOCKS
+    image, block = program // PROGRAMS, FIRST + program % PROGRAMS
     return (
-        (program % BLOCKS).to(tl.int32), image * S * 3 * width + head * D, image * S * width + head * D,
-        (image * heads + head) * S, program * width + head * D,
+        block.to(tl.int32), image * S * 3 * width + head * D, image * S * width + head * D,
+        (image * heads + head) * S, (image * BLOCKS + block) * width + head * D,
     )  # fmt: skip
 
 
@@ -570,7 +578,7 @@ def _attention_kernel(
     KEPT: tl.constexpr, KEPT_TAIL: tl.constexpr, OVER: tl.constexpr, OVER_TAIL: tl.constexpr,
 ):  # fmt: skip
     """Attention of a block of queries of one head of one image."""
-    block, at, out_at, lse_at, _ = _where(width, BLOCKS, S, D)
+    block, at, out_at, lse_at, _ = _where(width, 0, BLOCKS, BLOCKS, S, D)
     q_at = qkv_ptr + at
     k_at, v_at = q_at + width, q_at + 2 * width
     if block * KEPT + KEPT <= S:
@@ -654,25 +662,19 @@ def _query_gradient(
 @triton.jit
 def _query_gradient_kernel(
     qkv_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sum_ptr, width, scale, back,
-    S: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCKS: tl.constexpr,
-    KEPT: tl.constexpr, KEPT_TAIL: tl.constexpr, OVER: tl.constexpr, OVER_TAIL: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, FIRST: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCKS: tl.constexpr, EACH: tl.constexpr, KEPT: tl.constexpr, MASK: tl.constexpr,
+    OVER: tl.constexpr, OVER_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of queries, their sum, and delta."""
-    block, at, out_at, lse_at, sum_at = _where(width, BLOCKS, S, D)
+    """Gradients of KEPT queries of a block of EACH, their sum, and delta."""
+    block, at, out_at, lse_at, sum_at = _where(width, FIRST, PROGRAMS, BLOCKS, S, D)
     q_at = qkv_ptr + at
     k_at, v_at = q_at + width, q_at + 2 * width
-    if block * KEPT + KEPT <= S:
-        _query_gradient(
-            q_at, k_at, v_at, out_ptr + out_at, dout_ptr + out_at, lse_ptr + lse_at, delta_ptr + lse_at,
-            dqkv_ptr + at, sum_ptr + sum_at, 3 * width, width, block * KEPT, scale, back,
-            S, D, D1, D2, KEPT, False, OVER, OVER_TAIL,
-        )  # fmt: skip
-    elif KEPT_TAIL:
-        _query_gradient(
-            q_at, k_at, v_at, out_ptr + out_at, dout_ptr + out_at, lse_ptr + lse_at, delta_ptr + lse_at,
-            dqkv_ptr + at, sum_ptr + sum_at, 3 * width, width, block * KEPT, scale, back,
-            S, D, D1, D2, KEPT_TAIL, True, OVER, OVER_TAIL,
-        )  # fmt: skip
+    _query_gradient(
+        q_at, k_at, v_at, out_ptr + out_at, dout_ptr + out_at, lse_ptr + lse_at, delta_ptr + lse_at,
+        dqkv_ptr + at, sum_ptr + sum_at, 3 * width, width, block * EACH, scale, back,
+        S, D, D1, D2, KEPT, MASK, OVER, OVER_TAIL,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -746,26 +748,20 @@ def _key_gradient(
 @triton.jit
 def _key_gradient_kernel(
     qkv_ptr, dout_ptr, lse_ptr, delta_ptr, dqkv_ptr, sum_ptr, width, scale, back,
-    S: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, BLOCKS: tl.constexpr,
-    KEPT: tl.constexpr, KEPT_TAIL: tl.constexpr, OVER: tl.constexpr, OVER_TAIL: tl.constexpr,
+    S: tl.constexpr, D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, FIRST: tl.constexpr,
+    PROGRAMS: tl.constexpr, BLOCKS: tl.constexpr, EACH: tl.constexpr, KEPT: tl.constexpr, MASK: tl.constexpr,
+    OVER: tl.constexpr, OVER_TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a block of keys and of their values, and the sum of the latter."""
-    block, at, out_at, lse_at, sum_at = _where(width, BLOCKS, S, D)
+    """Gradients of KEPT keys of a block of EACH and of their values, and the sum of the latter."""
+    block, at, out_at, lse_at, sum_at = _where(width, FIRST, PROGRAMS, BLOCKS, S, D)
     q_at = qkv_ptr + at
     k_at, v_at = q_at + width, q_at + 2 * width
     dk_at = dqkv_ptr + at + width
-    if block * KEPT + KEPT <= S:
-        _key_gradient(
-            q_at, k_at, v_at, dout_ptr + out_at, lse_ptr + lse_at, delta_ptr + lse_at,
-            dk_at, dk_at + width, sum_ptr + sum_at, 3 * width, width, block * KEPT, scale, back,
-            S, D, D1, D2, KEPT, False, OVER, OVER_TAIL,
-        )  # fmt: skip
-    elif KEPT_TAIL:
-        _key_gradient(
-            q_at, k_at, v_at, dout_ptr + out_at, lse_ptr + lse_at, delta_ptr + lse_at,
-            dk_at, dk_at + width, sum_ptr + sum_at, 3 * width, width, block * KEPT, scale, back,
-            S, D, D1, D2, KEPT_TAIL, True, OVER, OVER_TAIL,
-        )  # fmt: skip
+    _key_gradient(
+        q_at, k_at, v_at, dout_ptr + out_at, lse_ptr + lse_at, delta_ptr + lse_at,
+        dk_at, dk_at + width, sum_ptr + sum_at, 3 * width, width, block * EACH, scale, back,
+        S, D, D1, D2, KEPT, MASK, OVER, OVER_TAIL,
+    )  # fmt: skip
 
 
 def _launch(qkv: Tensor, heads: int, sizes: dict[bool, Blocks]) -> tuple[tuple[int, int], dict]:
@@ -773,8 +769,11 @@ def _launch(qkv: Tensor, heads: int, sizes: dict[bool, Blocks]) -> tuple[tuple[i
     n, tokens, d = len(qkv), qkv.shape[1], qkv.shape[-1] // (3 * heads)
     parts = _parts(d)
     how = sizes[parts["D2"] > 0]
-    if parts["D2"] > 32:  # more would not fit the 99 KB that a program has on GPUs of 8.6, 8.9 and 12.0
+    # more would not fit the 99 KB that a program has on GPUs of 8.6, 8.9 and 12.0
+    if parts["D2"] > 32:
         how = replace(how, kept=64)
+    elif d == 128:
+        how = replace(how, num_stages=2)
     blocks = triton.cdiv(tokens, how.kept)
     tails = dict(KEPT_TAIL=_tail(tokens, how.kept), OVER_TAIL=_tail(tokens, how.over))
     return (n * blocks, heads), dict(
@@ -787,6 +786,30 @@ def _launch(qkv: Tensor, heads: int, sizes: dict[bool, Blocks]) -> tuple[tuple[i
         num_warps=how.num_warps,
         num_stages=how.num_stages,
     )
+
+
+def _launches(
+    qkv: Tensor, heads: int, sizes: dict[bool, Blocks]
+) -> list[tuple[tuple[int, int], dict[str, int | bool]]]:
+    """Grids and constants of a gradient's kernel: for whole blocks, and for what they leave over.
+
+    A few rows that are left over read as much as a whole block: best by programs of one warp, many of which
+    run at once.
+    """
+    _, how = _launch(qkv, heads, sizes)
+    n, each, tail = len(qkv), how.pop("KEPT"), how.pop("KEPT_TAIL")
+    whole, how["EACH"] = how["S"] // each, each
+    launches = []
+    if whole:
+        at = dict(FIRST=0, PROGRAMS=whole, KEPT=each, MASK=False)
+        launches.append(((n * whole, heads), how | at))
+    if tail:
+        at = dict(FIRST=whole, PROGRAMS=1, KEPT=tail, MASK=True)
+        if tail <= FEW.kept:
+            at |= dict(OVER=FEW.over, OVER_TAIL=_tail(how["S"], FEW.over))
+            at |= dict(num_warps=FEW.num_warps, num_stages=FEW.num_stages)
+        launches.append(((n, heads), how | at))
+    return launches
 
 
 @torch.library.custom_op("repro::attention", mutates_args=())
@@ -817,16 +840,13 @@ def attention_grad(
     qkv, out, dout = qkv.contiguous(), out.contiguous(), dout.contiguous()
     dqkv, query_sums, value_sums = _attention_grad_like(qkv, out, lse, dout, heads)
     delta, width = torch.empty_like(lse), out.shape[-1]
-    for_queries, how = _launch(qkv, heads, QUERIES)
-    for_keys, how_keys = _launch(qkv, heads, KEYS)
-    back = how["D"] ** -0.5
+    back = (width // heads) ** -0.5
+    factors = width, LOG2_E * back, back
     with torch.cuda.device_of(qkv):
-        _query_gradient_kernel[for_queries](
-            qkv, out, dout, lse, delta, dqkv, query_sums, width, LOG2_E * back, back, **how
-        )
-        _key_gradient_kernel[for_keys](
-            qkv, dout, lse, delta, dqkv, value_sums, width, LOG2_E * back, back, **how_keys
-        )
+        for grid, how in _launches(qkv, heads, QUERIES):
+            _query_gradient_kernel[grid](qkv, out, dout, lse, delta, dqkv, query_sums, *factors, **how)
+        for grid, how in _launches(qkv, heads, KEYS):
+            _key_gradient_kernel[grid](qkv, dout, lse, delta, dqkv, value_sums, *factors, **how)
     return dqkv, query_sums, value_sums
 
 
