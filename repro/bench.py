@@ -6,6 +6,9 @@
     python -m repro.bench --out paper/bench/sampling-float8.json --variants "ViT-L/4"
     python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2" "ViT-XL/2, batch 64"
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
+    python -m repro.bench --out paper/bench/changes.json --variants "changes to ViT-B/2" "changes to ADM-64"
+    python -m repro.bench --out paper/bench/memory.json --variants "ViT-XL/2, batch 64" \
+        "ViT-XL/2, batch 64, by 16" "ViT-XL/2, batch 64, recomputed"
     python -m repro.bench --out paper/bench/disk-cold.json --variants "ViT-B/2 from disk" \
         "ViT-B/2 from disk, 2 GPUs"
     python -m repro.bench --out paper/bench/loader.json --variants "batches from disk"       (without a GPU)
@@ -37,7 +40,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -50,6 +52,7 @@ from repro import (
     data,
     evaluate,
     files,
+    plainly,
     presets,
     provenance,
     runs,
@@ -58,8 +61,6 @@ from repro import (
     train,
 )
 from repro.denoiser import Denoiser
-from repro.models.norm import GroupNorm, added
-from repro.models.unet import InputConvolution, OutputConvolution, Resample
 
 PROTOTYPE = config.UNet(
     channels=96, multipliers=(1, 2, 2, 2), blocks=2, attention=(16, 8), resample_in_blocks=False, heads=4
@@ -72,7 +73,7 @@ _adm = presets.PRESETS["paper/imagenet64-unet"]
 
 @dataclass(frozen=True)
 class Variant:
-    """What is measured: a network, plain or as it is, images per step, CUDA graphs or not."""
+    """What is measured: a network, how it is computed, and images per step."""
 
     model: config.UNet | config.ViT
     data: config.Data | None = None
@@ -83,6 +84,12 @@ class Variant:
     cuda_graphs: bool = False
     forward: bool = True
     """Also time forward passes alone (which costs another compilation)."""
+    precision: str = "bf16"
+    compile: bool = True
+    kernels: tuple[str, ...] = tuple(plainly.PARTS)
+    """Of ours, which a ViT has."""
+    micro_batch: int | None = None
+    recompute: bool = False
 
 
 VARIANTS = {
@@ -96,6 +103,41 @@ VARIANTS = {
 }
 """By name. `ViT-*` on latents of 4 x 32 x 32, drawn anew in each step as in training; the last is ADM's
 network without the channels that predict a variance."""
+
+MEMORY = {
+    "ViT-XL/2, batch 64, by 16": replace(VARIANTS["ViT-XL/2, batch 64"], micro_batch=16, forward=False),
+    "ViT-XL/2, batch 64, recomputed": replace(VARIANTS["ViT-XL/2, batch 64"], recompute=True, forward=False),
+}
+"""By name: what a network trains like in less memory."""
+
+EAGER, PLAIN = {"compile": False, "cuda_graphs": False}, {"plain": True}
+CHANGES = {
+    "ViT-B/2": {
+        "float32": {"precision": "fp32", "kernels": (), **EAGER},
+        "bfloat16": {"kernels": (), **EAGER},
+        "compiled": {"kernels": (), "cuda_graphs": False},
+        "one CUDA graph a step": {"kernels": ()},
+        "our attention": {"kernels": ("attention",)},
+        "our sum and layer norm": {"kernels": ("attention", "sum and norm")},
+        "our GELU": {},
+    },
+    "ADM-64": {
+        "bfloat16": PLAIN | EAGER,
+        "compiled": PLAIN | {"cuda_graphs": False},
+        "one CUDA graph a step": PLAIN,
+        "our norms and convolutions": {},
+    },
+}
+"""Of two variants: what is done for speed, each change on top of those before; the last makes the variant."""
+
+STEPS = {
+    f"{name}: {change}": replace(VARIANTS[name], **how)
+    for name, changes in CHANGES.items()
+    for change, how in changes.items()
+}
+"""By name, the variants that `CHANGES` makes."""
+
+TRAINED = {**VARIANTS, **MEMORY, **STEPS}
 
 
 @dataclass(frozen=True)
@@ -136,71 +178,6 @@ FILE_IMAGES = 1_281_167
 
 DISK_STEPS = 200
 """Timed on images that no memory holds, and again on the same: few of all, so that most are read alone."""
-
-
-class PlainGroupNorm(GroupNorm):
-    """The same norm by `F.group_norm`, as a plain implementation has it, of maps that are joined first."""
-
-    def beside(self, *parts, offset=None, silu=False, copies=1, more=()):
-        """See `GroupNorm`."""
-        parts = added(parts, more)
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        return self(x, offset=offset, silu=silu), (x,) * copies
-
-    def forward(self, *parts, scale=None, shift=None, offset=None, silu=False, dropout=0.0, more=()):
-        """See `GroupNorm`."""
-        parts = added(parts, more)
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        if offset is not None:
-            x = x + offset.to(x.dtype).expand(x.shape[:2])[:, :, None, None]
-        y = F.group_norm(x.float(), self.groups, self.weight, self.bias, self.eps)
-        if scale is not None:
-            y = y * (1 + scale[:, :, None, None]) + shift[:, :, None, None]
-        y = y.to(x.dtype)
-        y = F.silu(y) if silu else y
-        return F.dropout(y, dropout) if dropout else y
-
-
-class PlainResample(Resample):
-    """The same resampling with the doubled map formed, as the network is defined."""
-
-    def forward(self, x):
-        """See `Resample`."""
-        if self.factor == "down" or self.conv is None:
-            return super().forward(x)
-        n, c, h, w = x.shape
-        doubled = x[:, :, :, None, :, None].expand(n, c, h, 2, w, 2).reshape(n, c, 2 * h, 2 * w)
-        return F.conv2d(doubled, self.conv.weight, padding=1)
-
-
-class PlainOutputConvolution(OutputConvolution):
-    """The same convolution, in float32."""
-
-    def forward(self, h):
-        """See `OutputConvolution`."""
-        return super().forward(h.to(self.weight.dtype))
-
-
-class PlainInputConvolution(InputConvolution):
-    """The same convolution, by cuDNN."""
-
-    def forward(self, x):
-        """See `InputConvolution`."""
-        return F.conv2d(x, self.weight, padding=1)
-
-
-PLAIN = {
-    GroupNorm: PlainGroupNorm,
-    InputConvolution: PlainInputConvolution,
-    Resample: PlainResample,
-    OutputConvolution: PlainOutputConvolution,
-}
-
-
-def make_plain(net: nn.Module) -> None:
-    """Let all blocks of `net` compute plainly, in place."""
-    for module in net.modules():
-        module.__class__ = PLAIN.get(type(module), type(module))
 
 
 def matmul_rate(size: int = 8192, repeats: int = 20) -> float:
@@ -246,7 +223,7 @@ def forward_flops(run: config.Config, plain: bool = True) -> float:
     """FLOPs of one forward pass of one image: of the network as defined, or as we compute it."""
     with without_content(run, 1) as (net, inputs):
         if plain:
-            make_plain(net)
+            plainly.make_plain(net)
         # attention by two matrix products, since the CPU's fused one is not counted
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             net(*inputs)
@@ -306,6 +283,12 @@ def precisions(run: config.Config) -> tuple[str, ...]:
     return ("bf16", "fp8") if sample.takes_fp8(run) else ("bf16",)
 
 
+def precisions_of(variant: Variant) -> tuple[str, ...]:
+    """The same of a variant; in its own alone where it is not computed as we do."""
+    as_ours = variant.compile and variant.kernels == tuple(plainly.PARTS)
+    return precisions(training_of(variant)) if as_ours else (variant.precision,)
+
+
 def forward_in(
     precision: str, denoiser: Denoiser, given: tuple[Tensor | None, ...], graphs: bool = True
 ) -> Callable[[], None]:
@@ -323,22 +306,31 @@ def forward_in(
 def training_of(variant: Variant, gpus: int = 1) -> config.Config:
     """The training that is measured: of a variant's network, with the settings of the lab's UNet."""
     lab = presets.PRESETS["lab/celeba64-unet"]
-    settings = replace(lab.train, batch=variant.batch * gpus, cuda_graphs=variant.cuda_graphs)
+    settings = replace(
+        lab.train,
+        batch=variant.batch * gpus,
+        micro_batch=variant.micro_batch,
+        recompute=variant.recompute,
+        precision=variant.precision,
+        compile=variant.compile,
+        cuda_graphs=variant.cuda_graphs,
+    )
     return replace(lab, model=variant.model, data=variant.data or lab.data, train=settings)
 
 
 def measure(name: str, only_compile: bool = False) -> dict:
     """Compile one variant, and time it; where it was compiled before, its kernels are found on the disk."""
-    variant = VARIANTS[name]
+    variant = TRAINED[name]
     run = training_of(variant)
     batch, settings = variant.batch, run.train
+    plainly.use_kernels(variant.kernels)
     torch.backends.cudnn.benchmark = not only_compile
     torch.backends.cudnn.benchmark_limit = settings.cudnn_plans
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
     if variant.plain:
-        make_plain(trainer.net)
-        make_plain(trainer.ema)
+        plainly.make_plain(trainer.net)
+        plainly.make_plain(trainer.ema)
     side, channels = run.data.resolution, run.data.channels
     y = torch.randn(batch, channels, side, side, device="cuda")
     generator = torch.Generator("cuda")
@@ -354,7 +346,7 @@ def measure(name: str, only_compile: bool = False) -> dict:
     sigma = torch.tensor(1.0, device="cuda")
     forwards = {
         precision: forward_in(precision, trainer.ema_denoiser, (y, sigma, labels), variant.cuda_graphs)
-        for precision in (precisions(run) if variant.forward else ())
+        for precision in (precisions_of(variant) if variant.forward else ())
     }
     began = time.perf_counter()
     for work in (step, *forwards.values()):
@@ -375,7 +367,7 @@ def measure(name: str, only_compile: bool = False) -> dict:
         "forward_gflop_per_image": flops / 1e9,
         "forward_gflop_computed": computed / 1e9,
         "batch": batch,
-        "cuda_graphs": variant.cuda_graphs,
+        **how_computed(variant),
         "cudnn_plans": settings.cudnn_plans,
         "matmul_tflops": matmul / 1e12,
         "train_images_per_second": batch / seconds,
@@ -392,6 +384,13 @@ def measure(name: str, only_compile: bool = False) -> dict:
     if "fp8" in forwards:
         result |= {f"forward_{key}_fp8": value for key, value in busy_times(forwards["fp8"]).items()}
     return result
+
+
+def how_computed(variant: Variant) -> dict:
+    """What is recorded of how a variant's network is computed; a ViT alone has kernels to name."""
+    names = ["precision", "compile", "cuda_graphs", "plain", "micro_batch", "recompute"]
+    names += ["kernels"] if isinstance(variant.model, config.ViT) else []
+    return {name: getattr(variant, name) for name in names}
 
 
 def busy_times(work: Callable[[], None]) -> dict:
@@ -663,6 +662,20 @@ def measure_sampling(name: str, only_compile: bool = False, batches: int = 4) ->
     }
 
 
+def to_compile(names: Iterable[str]) -> list[str]:
+    """Of things to measure, those that are compiled before: each network once, whatever replays its kernels.
+
+    Not what is read from disk, which warms up by itself.
+    """
+    found = {}
+    for name in names:
+        if name in TRAINED and TRAINED[name].compile:
+            found.setdefault(replace(TRAINED[name], cuda_graphs=False), name)
+        elif name in SAMPLING:
+            found[name] = name
+    return list(found.values())
+
+
 def main(
     out: Path,
     variants: tuple[str, ...] = (),
@@ -677,7 +690,8 @@ def main(
         out: File to write, anew after each variant.
         scratch: Folder for the file of latents, on a disk and not in memory; by default the system's for
             temporary files.
-        variants: Names of `VARIANTS`, `SAMPLING` or `FROM_DISK`; by default all of the first.
+        variants: Names of `VARIANTS`, `MEMORY`, `STEPS`, `SAMPLING` or `FROM_DISK`, or "changes to" one of
+            `CHANGES`; by default all of the first.
         one: Used by the program itself for the process of one variant.
         only_compile: Used by the program itself: leave the variant compiled on the disk.
         latents: Used by the program itself: the file of latents to train on.
@@ -693,9 +707,13 @@ def main(
         if found is not None:
             files.write_json(out, found)
         return
-    names, known = variants or tuple(VARIANTS), {**VARIANTS, **SAMPLING, **FROM_DISK}
+    groups = {f"changes to {name}": [step for step in STEPS if step.startswith(name)] for name in CHANGES}
+    names = [each for name in variants or VARIANTS for each in groups.get(name, [name])]
+    known = {**TRAINED, **SAMPLING, **FROM_DISK}
     if unknown := [name for name in names if name not in known]:
-        raise SystemExit(f"there is nothing called {unknown[0]!r} to measure; known: {', '.join(known)}")
+        raise SystemExit(
+            f"there is nothing called {unknown[0]!r} to measure; known: {', '.join([*known, *groups])}"
+        )
     about = {
         "device": evaluate.device_name("cuda" if torch.cuda.is_available() else "cpu"),
         "versions": train.versions(),
@@ -707,8 +725,7 @@ def main(
         command = ["-m", "repro.bench", "--out", str(Path(folder) / "one.json"), "--one"]
         compilings = {
             name: subprocess.Popen([sys.executable, *command, name, "--only-compile"])
-            for name in names
-            if name not in FROM_DISK
+            for name in to_compile(names)
         }
         for name, compiling in compilings.items():
             if compiling.wait():  # not all may fit on the GPU at once

@@ -294,6 +294,9 @@ class Train:
     micro_batch: Annotated[int, Field(gt=0)] | None = None
     """Images that a process takes through the network at once; it sums the gradients of its share of a step
     (none: the share at once). Changes what is learned by rounding, and by other dropout masks."""
+    recompute: bool = False
+    """Keep only what enters each block of the network until the backward pass, which computes the block
+    again (activation checkpointing): less memory for a third more arithmetic."""
     lr: Positive = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

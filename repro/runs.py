@@ -690,6 +690,7 @@ EXECUTION = (
     "train.cuda_graphs",
     "train.cudnn_plans",
     "train.micro_batch",
+    "train.recompute",
 )
 """Settings of how a training is executed and logged. They change its result by rounding and dropout alone."""
 

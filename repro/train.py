@@ -47,6 +47,7 @@ from repro import (
     weights,
 )
 from repro.files import ReproError
+from repro.models import recompute
 
 STATE = "state.safetensors"
 
@@ -311,6 +312,7 @@ class Trainer:
         torch.manual_seed(seed_of(run.train.seed, "init"))
         self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
         self.net = self.denoiser.net
+        recompute.allow(self.net, run.train.recompute)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         on_gpu = place.device.type == "cuda"
         # on the device, so that a captured step reads what each step sets

@@ -11,19 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from repro import bench, config, data, denoiser, presets, runs, sample, schedules
+from repro import bench, config, data, denoiser, plainly, presets, runs, sample, schedules
 from repro.models import vit_fused
 from repro.models.unet import ADMUNet
 
 BENCH = Path(__file__).parents[1] / "paper" / "bench"
 FILES = [json.loads((BENCH / name).read_text()) for name in ("unet64.json", "unet64-10-plans.json")]
-VITS, FIRST_GPU, SECOND_GPU, ADM, DISK, MAPPED, COLD, LOADER = (
+VITS, FIRST_GPU, SECOND_GPU, THIRD_GPU, ADM, DISK, MAPPED, COLD, LOADER = (
     json.loads((BENCH / f"{name}.json").read_text())
     for name in (
-        "vit", "vit-first-gpu", "vit-second-gpu", "adm64", "disk", "disk-mapped", "disk-cold", "loader",
+        "vit", "vit-first-gpu", "vit-second-gpu", "vit-third-gpu", "adm64", "disk", "disk-mapped",
+        "disk-cold", "loader",
     )
 )  # fmt: skip
-MEASURED = [variant for file in (*FILES, VITS, FIRST_GPU, SECOND_GPU, ADM) for variant in file["variants"]]
+BEFORE = [FIRST_GPU, SECOND_GPU, THIRD_GPU]
+MEASURED = [variant for file in (*FILES, VITS, *BEFORE, ADM) for variant in file["variants"]]
 DRAWN, DRAWN_LATER, DRAWN_FLOAT8 = (
     json.loads((BENCH / f"{name}.json").read_text())
     for name in ("sampling", "sampling-vit", "sampling-float8")
@@ -84,9 +86,9 @@ def test_the_plain_network_is_the_network(in_blocks):
             parameter.normal_(0, 0.1, generator=generator)
     x = torch.randn(2, 3, 8, 8, generator=generator)
     expected = net(x, torch.tensor([3.0, 700.0]))
-    bench.make_plain(net)
+    plainly.make_plain(net)
     kinds = {type(module).__name__ for module in net.modules()}
-    assert {plain.__name__ for plain in bench.PLAIN.values()} <= kinds
+    assert {plain.__name__ for plain in plainly.BLOCKS.values()} <= kinds
     torch.testing.assert_close(net(x, torch.tensor([3.0, 700.0])), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -264,10 +266,12 @@ def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says
     by_name = {variant["name"]: variant for variant in (*VITS["variants"], *ADM["variants"])}
     assert set(by_name) == {name for name, variant in bench.VARIANTS.items() if variant.data is not None}
     assert by_name["ViT-B/2"]["train_images_per_second"] >= 3000
-    of_xl = [file["variants"][1] for file in (FIRST_GPU, SECOND_GPU, VITS)]
+    of_xl = [file["variants"][1] for file in (*BEFORE, VITS)]
     assert {variant["name"] for variant in of_xl} == {"ViT-XL/2"}
     reached = [variant["train_images_per_second"] >= 650 for variant in of_xl]
-    assert reached == [True, False, False]  # on three GPUs
+    assert reached == [True, False, False, True]  # before the last change of attention, and after it
+    shares = [variant["train_share_of_matmul"] for variant in of_xl]
+    assert shares[-1] > max(shares[:-1])
     assert by_name["ADM-64"]["train_images_per_second"] >= 490
     assert by_name["ADM-64"]["forwards_per_second"] >= 1700
     assert by_name["ADM-64"]["forwards_per_second"] >= 3 * others["adm_64"]["forwards_per_second"]
@@ -277,7 +281,7 @@ def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says
     assert by_name["ViT-XL/2, batch 64"]["batch"] == others["vit_xl_2"]["batch"]
     assert [variant["name"] for variant in before["variants"]] == ["ViT-B/2", "ViT-XL/2"]
     assert before["device"] == VITS["device"] == others["device"]
-    for file in (VITS, FIRST_GPU, SECOND_GPU, ADM, DISK, MAPPED, COLD):
+    for file in (VITS, *BEFORE, ADM, DISK, MAPPED, COLD):
         assert file["device"] == "NVIDIA H200"
 
 
@@ -286,7 +290,8 @@ def test_two_gpus_train_1_9_times_as_fast_as_one_and_reading_latents_from_memory
     assert (one["gpus"], two["gpus"]) == (1, 2) and one["images"] == two["images"]
     assert one["image_bytes"] == 2 * 2 * 8 * 32 * 32  # moments of an image and of its mirror image, float16
     assert one["batch"] * one["steps"] <= one["images"] and two["batch"] == 2 * one["batch"]
-    trained = VITS["variants"][0]["train_images_per_second"]  # of images drawn on the GPU
+    # of images drawn on the GPU; by which of these GPUs is not known, and they are not equally fast
+    trained = min(file["variants"][0]["train_images_per_second"] for file in (*BEFORE, VITS))
     for reading in ("first_pass", "second_pass"):
         speed = f"{reading}_images_per_second"
         assert two[speed] >= 1.9 * one[speed]
@@ -321,7 +326,7 @@ def test_the_committed_measurements_are_consistent(measured):
     variant = bench.VARIANTS[measured["name"]]
     flops = measured["forward_gflop_per_image"] * 1e9
     assert flops == bench.forward_flops(bench.training_of(variant))
-    earlier = {"ViT-XL/2": 256} if measured in (*FIRST_GPU["variants"], *SECOND_GPU["variants"]) else {}
+    earlier = {"ViT-XL/2": 384} if measured in THIRD_GPU["variants"] else {}
     assert measured["batch"] == earlier.get(measured["name"], variant.batch)
     assert measured["cuda_graphs"] == variant.cuda_graphs
     speed = measured["train_images_per_second"]

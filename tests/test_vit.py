@@ -17,7 +17,7 @@ from kernels import of_kernels
 from released import listed
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repro import config, presets, sample
+from repro import config, plainly, presets, sample
 from repro.files import ReproError
 from repro.models import vit_fused
 from repro.models.vit import ViT, unpatchify
@@ -425,12 +425,22 @@ def test_gelu_and_its_slope_are_near_at_every_number_of_half_precision(by_kernel
     assert of_the_tail < 2.5e-3
 
 
-@pytest.mark.parametrize("case", ["blocks", "blocks, heads of 24"])
+@pytest.mark.parametrize(
+    "case",
+    ["blocks", "blocks, heads of 24", "blocks, computed again", "blocks, without our attention",
+     "blocks, without our sum and norm", "blocks, without our GELU"],
+)  # fmt: skip
 def test_blocks_by_kernels_give_every_parameter_its_gradient(by_kernels, case):
     assert len(by_kernels[case]) == 2 + 2 * 13
     found = by_kernels[case]
     assert found[17] < 1e-2  # of the second block's queries' bias, which nearly cancels
     assert max(found[:17] + found[18:]) < 2e-3
+
+
+def test_kernels_are_taken_away_one_by_one_and_blocks_computed_again_are_the_blocks(by_kernels):
+    cases = {case: found for case, found in by_kernels.items() if re.fullmatch("blocks(, without.*)?", case)}
+    assert len({tuple(found) for found in cases.values()}) == len(cases) == 1 + len(plainly.PARTS)
+    assert by_kernels["blocks, computed again"] == by_kernels["blocks"]
 
 
 # The kernels, and products, of float8 numbers
@@ -516,7 +526,7 @@ def test_a_compiled_vit_is_compiled_again_for_float8(monkeypatch, unchecked):
     monkeypatch.setattr(vit_fused, "_can_take", lambda z, heads: True)
     monkeypatch.setattr(vit_fused, "_block_fp8", lambda block, z, branch: (2 * z, z))
     monkeypatch.setattr(vit_fused, "_attend", lambda y, attn: (0 * y, None))
-    monkeypatch.setattr(vit_fused, "_mlp", lambda y, mlp: (y, torch.zeros(())))
+    monkeypatch.setattr(vit_fused, "_mlp", lambda y, mlp: y)
     monkeypatch.setattr(vit_fused, "_add_norm", lambda z, branch, bias, norm: (z, 0 * z))
     net = scrambled(dtype=torch.float32)
     x, t, labels = inputs(dtype=torch.float32)

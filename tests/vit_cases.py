@@ -16,6 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from repro import plainly
 from repro.models import vit_fused, vit_kernels
 from repro.models.vit import Block
 
@@ -106,8 +107,9 @@ def all_of_gelu():
     return [float(each) for each in (*largest, (y / of_x - 1)[tail].abs().max())]
 
 
-def blocks(tokens, heads, d):
-    """Two blocks, fused: their output, and all gradients, beside the same blocks in float64."""
+def blocks(tokens, heads, d, parts=tuple(plainly.PARTS), again=False):
+    """Two blocks, with the kernels of some parts: their output, and all gradients, beside the same blocks in
+    float64. again: computed again in the backward pass."""
     width = heads * d
     stack = nn.ModuleList(Block(width, heads, 2.0) for _ in range(2))
     with torch.no_grad():
@@ -119,9 +121,13 @@ def blocks(tokens, heads, d):
     z = draw(2, tokens, width, seed=50, dtype=torch.float32).requires_grad_()
     dz = draw(2, tokens, width, seed=51, dtype=torch.float32)
     torch.set_autocast_dtype("cuda", torch.float16)
+    kernels = {name: getattr(vit_fused, name) for name, _ in plainly.PARTS.values()}
+    plainly.use_kernels(parts)
     with torch.autocast(DEVICE, torch.float16):
-        out = vit_fused.run(stack, z)
+        out = vit_fused.run(stack, z, again)
     found = out, *torch.autograd.grad(out, [z, *stack.parameters()], dz)
+    for name, kernel in kernels.items():
+        setattr(vit_fused, name, kernel)
     z = z.detach().double().requires_grad_()
     out = z
     for block in exact:
@@ -254,6 +260,10 @@ cases |= {
     "gelu of all": all_of_gelu(),
     "blocks": blocks(19, 3, 16),
     "blocks, heads of 24": blocks(21, 2, 24),
+    "blocks, computed again": blocks(19, 3, 16, again=True),
+    "blocks, without our attention": blocks(19, 3, 16, ("sum and norm", "GELU")),
+    "blocks, without our sum and norm": blocks(19, 3, 16, ("attention", "GELU")),
+    "blocks, without our GELU": blocks(19, 3, 16, ("attention", "sum and norm")),
 }
 if vit_kernels.INTERPRETED or torch.cuda.get_device_capability() >= vit_fused.FP8_CAPABILITY:
     cases |= {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from repro import config
 from repro.files import ReproError
+from repro.models import recompute
 from repro.models.norm import GroupNorm
 from repro.models.vit import LayerNorm
 
@@ -236,6 +237,9 @@ class CrossAttention(nn.Module):
 class Encoder(nn.Module):
     """What the UNet and the noisy classifier share: time, the way down, and the middle."""
 
+    recompute = False
+    """Whether training computes steps again in backward passes (see `recompute`)."""
+
     def __init__(self, config: config.UNet | config.NoisyClassifier, resolution: int, in_channels: int):
         super().__init__()
         levels = len(config.multipliers)
@@ -312,9 +316,22 @@ class Encoder(nn.Module):
         h = Map(self.conv_in(x), self.conv_in.bias)
         skips = []
         for step in (*self.encoder, self.middle):
-            h, kept = step(h, conditions, keep=keep, context=context)
+            h, kept = self.take(step, h, conditions, keep=keep, context=context)
             skips.append(kept)
         return h, skips
+
+    def take(
+        self,
+        step: Step,
+        h: Map,
+        conditions: Iterator[Float[Tensor, "n _"]],
+        skip: Map | None = None,
+        keep: bool = False,
+        context: Float[Tensor, "n k e"] | None = None,
+    ) -> tuple[Map, Map | None]:
+        """What `step` makes of these (see `Step`), and of as many conditions as it has residual blocks."""
+        own = [next(conditions) for block in step if isinstance(block, ResidualBlock)]
+        return recompute.block(self.recompute and self.training, step, h, own, skip, keep, context)
 
 
 def heads_for(config: config.UNet | config.NoisyClassifier, channels: int) -> int:
@@ -383,7 +400,7 @@ class ADMUNet(Encoder):
         conditions = self.conditions(emb)
         h, skips = self.encode(x, conditions, keep=True, context=context)
         for step in self.decoder:
-            h, _ = step(h, conditions, skips.pop(), context=context)
+            h, _ = self.take(step, h, conditions, skips.pop(), context=context)
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
             return self.conv_out(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True))  # n out h w
 
@@ -439,7 +456,7 @@ class AttentionPool(nn.Module):
 
 
 class Step(nn.ModuleList):
-    """Blocks in a row; each residual block takes the next of the conditions."""
+    """Blocks in a row; `conditions` has one for each residual block."""
 
     def __init__(self, *blocks: nn.Module):
         super().__init__(blocks)
@@ -447,14 +464,14 @@ class Step(nn.ModuleList):
     def forward(
         self,
         h: Map,
-        conditions: Iterator[Float[Tensor, "n _"]],
+        conditions: list[Float[Tensor, "n _"]],
         skip: Map | None = None,
         keep: bool = False,
         context: Float[Tensor, "n k e"] | None = None,
     ) -> tuple[Map, Map | None]:
         """Pass `h` through the blocks in turn; `skip` goes to the first, `context` to each transformer. With
         `keep`, also `h` for later."""
-        kept = None
+        kept, conditions = None, iter(conditions)
         for place, block in enumerate(self):
             if isinstance(block, ResidualBlock):
                 h, before = block(h, next(conditions), skip, keep and place == 0)

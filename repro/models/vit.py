@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from repro import config as configs
 from repro.files import ReproError
-from repro.models import vit_fused
+from repro.models import recompute, vit_fused
 
 
 class ViT(nn.Module):
@@ -25,6 +25,9 @@ class ViT(nn.Module):
     With `classes == 0` there is no class token: the tokens are [time, patches]. Pixels enter and leave
     the network in float32 and layer norms are computed in it, also under autocast.
     """
+
+    recompute = False
+    """Whether training computes blocks again in backward passes (see `recompute`)."""
 
     def __init__(self, config: configs.ViT, resolution: int, in_channels: int, classes: int):
         """For square images of side `resolution` (pixels) and `classes` classes (0: unconditional).
@@ -69,10 +72,10 @@ class ViT(nn.Module):
             tokens.append(self.patch_embed(x))  # [n, k, d]
         z = torch.cat(tokens, dim=1) + self.pos_embed  # [n, s, d]
         if vit_fused.can_take(z, self.heads):
-            z = vit_fused.run(self.blocks, z)  # [n, s, d]
+            z = vit_fused.run(self.blocks, z, self.recompute and self.training)  # [n, s, d]
         else:
             for block in self.blocks:
-                z = block(z)  # [n, s, d]
+                z = recompute.block(self.recompute and self.training, block, z)  # [n, s, d]
         z = z[:, self.other_tokens :]  # [n, k, d]
         with _without_autocast(x.device):
             z = self.linear_projection(z)  # [n, k, p p c]

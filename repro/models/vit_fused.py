@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from repro.files import ReproError
+from repro.models import recompute
 
 try:
     from repro.models import vit_kernels
@@ -105,8 +106,11 @@ def _can_take(z: Tensor, heads: int) -> bool:
     return z.dtype == torch.float32 and vit_kernels.can_attend(z, dtype, heads)
 
 
-def run(blocks: nn.ModuleList, z: Float[Tensor, "n s d"]) -> Float[Tensor, "n s d"]:
-    """z after all blocks, float32; products in the precision of autocast, or within `products` of float8."""
+def run(blocks: nn.ModuleList, z: Float[Tensor, "n s d"], again: bool = False) -> Float[Tensor, "n s d"]:
+    """z after all blocks, float32; products in the precision of autocast, or within `products` of float8.
+
+    again: blocks are computed again in the backward pass (see `recompute`).
+    """
     if fp8:
         _check_no_gradient(blocks, z)
     branch, bias = None, None
@@ -114,11 +118,17 @@ def run(blocks: nn.ModuleList, z: Float[Tensor, "n s d"]) -> Float[Tensor, "n s 
         if fp8 and index >= FP8_FROM:
             (z, branch), bias = _block_fp8(block, z, branch), None
             continue
-        z, y = _add_norm(z, branch, bias, block.norm1)  # [n, s, d] each
-        branch, bias = _attend(y, block.attn)  # [n, s, d], [d]
-        z, y = _add_norm(z, branch, bias, block.norm2)
-        branch, bias = _mlp(y, block.mlp)
+        z, branch = recompute.block(again, _block, block, z, branch, bias)  # [n, s, d] each
+        bias = block.mlp.fc2.bias  # [d]
     return z + branch if bias is None else _AddBias.apply(z, branch, bias)
+
+
+def _block(block, z, branch, bias):
+    """A block of z + branch, whose bias has its gradient from here: z before its last branch, and that."""
+    z, y = _add_norm(z, branch, bias, block.norm1)  # [n, s, d] each
+    branch, bias = _attend(y, block.attn)  # [n, s, d], [d]
+    z, y = _add_norm(z, branch, bias, block.norm2)
+    return z, _mlp(y, block.mlp)
 
 
 def _add_norm(z, branch, bias, norm):
@@ -139,7 +149,7 @@ def _qkv_bias(attn):
 
 def _mlp(y, mlp):
     x = _GELU.apply(F.linear(y, mlp.fc1.weight, mlp.fc1.bias.detach()), mlp.fc1.bias)  # [n, s, hidden]
-    return F.linear(x, mlp.fc2.weight, mlp.fc2.bias.detach()), mlp.fc2.bias
+    return F.linear(x, mlp.fc2.weight, mlp.fc2.bias.detach())  # its bias: see `_block`, of the next
 
 
 def _check_no_gradient(blocks, z):

@@ -1,0 +1,146 @@
+"""Activation checkpointing: the same step, with less kept for it."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from repro import config, presets, runs, train
+from repro.config import Data, Train
+from repro.files import ReproError
+from repro.models import recompute, unet, vit
+
+NETWORKS = {
+    "vit": config.ViT(patch=4, width=32, depth=3, heads=2),
+    "unet": config.UNet(
+        channels=32, multipliers=(1, 2), blocks=1, attention=(8,), heads=2, dropout=0.2
+    ),
+    "unet of convolutions": config.UNet(
+        channels=32, multipliers=(1, 1), blocks=1, attention=(), heads=1, resample_in_blocks=False
+    ),
+    "ldm": config.UNet(
+        channels=32, multipliers=(1, 2), blocks=1, attention=(8,), heads=2, scale_shift_norm=False,
+        transformer_depth=1, context_width=16, dropout=0.1,
+    ),
+    "classifier": config.NoisyClassifier(
+        channels=32, multipliers=(1, 2), blocks=1, attention=(8,), head_channels=16
+    ),
+}  # fmt: skip
+TRAIN = Train(images=64, batch=8, lr=1e-3, precision="fp32", compile=False)
+
+
+def run_of(name, **changes):
+    model = NETWORKS[name]
+    parameterization = "eps" if model.kind in config.DRAWS else None
+    lab = presets.preset("lab/imagenet64-classifier" if parameterization is None else "lab/imagenet64-unet")
+    return dataclasses.replace(
+        lab, name=f"lab/{name.split()[0]}", data=Data("drawn", resolution=16, classes=3), model=model,
+        train=dataclasses.replace(TRAIN, **changes),
+    )  # fmt: skip
+
+
+def steps_of(run, device, count=3):
+    """Losses, gradients of the first step, and all weights after `count` steps."""
+    place = train.find_place(device)
+    generator = torch.Generator().manual_seed(0)
+    side = run.data.resolution
+    y = (torch.rand(run.train.batch, 3, side, side, generator=generator) * 2 - 1).to(place.device)
+    labels = (torch.arange(run.train.batch) % 3).to(place.device)
+    trainer = train.Trainer(run, place)
+    with torch.no_grad():  # what starts at zero would hide what comes before it
+        for parameter in trainer.parameters:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(place.device))
+    losses, gradients = [], None
+    for step in range(count):
+        torch.manual_seed(step)
+        numbers = train.draw(run, step, place, torch.Generator(place.device))
+        losses.append(float(trainer.train_step(y, labels, numbers)))
+        if gradients is None:
+            gradients = [p.grad.clone() for p in trainer.parameters if p.grad is not None]
+    weights = [parameter.detach().clone() for parameter in trainer.parameters]
+    trainer.close()
+    return losses, gradients, weights
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_step_that_computes_blocks_again_is_the_step(name):
+    plainly, again = (steps_of(run_of(name, recompute=value), "cpu") for value in (False, True))
+    assert plainly[0] == again[0] and plainly[0][0] != plainly[0][1]
+    for one, other in zip(plainly[1] + plainly[2], again[1] + again[2], strict=True):
+        assert torch.equal(one, other)
+    assert all(gradient.any() for gradient in again[1][:3])
+
+
+BLOCKS = {"vit": (vit.Block, 3), "unet": (unet.Step, 8), "classifier": (unet.Step, 4)}
+"""What is computed again, and how many a network has. With two levels of one block the way down has three
+steps, of which one halves the side, the middle is one, and the way up has two for each level."""
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_each_block_is_computed_twice_in_training_alone(name, monkeypatch):
+    kind, count = BLOCKS[name]
+    calls, forward = [], kind.forward
+
+    def counted(self, *given, **named):
+        calls.append(self)
+        return forward(self, *given, **named)
+
+    monkeypatch.setattr(kind, "forward", counted)
+    for again in (False, True):
+        calls.clear()
+        steps_of(run_of(name, recompute=again), "cpu", count=1)
+        assert len(calls) == (2 if again else 1) * count and len(set(map(id, calls))) == count
+    net = runs.network(run_of(name))
+    recompute.allow(net, True)
+    labels = [] if name == "classifier" else [torch.tensor([0, 3])]
+    for training, gradient, times in [(False, True, 1), (True, False, 1), (True, True, 2)]:
+        calls.clear()
+        with torch.set_grad_enabled(gradient):
+            out = net.train(training)(torch.zeros(2, 3, 16, 16), torch.zeros(2), *labels)
+            if gradient:
+                out.sum().backward()
+        assert len(calls) == times * count
+
+
+def test_a_network_that_cannot_is_refused():
+    lab = presets.preset("lab/imagenet64-autoencoder")
+    run = dataclasses.replace(lab, train=dataclasses.replace(lab.train, recompute=True))
+    with pytest.raises(ReproError, match="a KLAutoencoder cannot compute .* take train.micro_batch"):
+        train.Trainer(run, train.find_place("cpu"))
+
+
+def test_theorem_1_s_weights_are_found_of_a_network_that_computes_blocks_again():
+    """By per-sample gradients, which cannot go through what is computed again."""
+    found = []
+    for again in (False, True):
+        run = run_of("vit", recompute=again)
+        weight = config.Weight("ugd", bins=4, probe_images=8, every_images=8)
+        trainer = train.Trainer(dataclasses.replace(run, weight=weight), train.find_place("cpu"))
+        y = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+        trainer.balance(y, torch.arange(8) % 3)
+        assert trainer.balanced and trainer.net.training
+        found.append(trainer.weight.values)
+    assert torch.equal(*found) and len(set(found[0].tolist())) > 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled and captured"])
+@pytest.mark.parametrize("name", ["vit", "unet", "ldm"])
+def test_on_a_gpu_the_step_is_the_same_and_takes_less_memory(name, compiled):
+    size = {"vit": {"width": 192, "depth": 12}}.get(name, {"channels": 64, "attention": (32,)})
+    found, peaks = [], []
+    for again in (False, True):
+        how = {"precision": "bf16", "compile": compiled, "cuda_graphs": compiled, "batch": 64}
+        run = run_of(name, recompute=again, **how)
+        run = dataclasses.replace(
+            run, model=dataclasses.replace(run.model, **size), data=Data("drawn", resolution=64, classes=3)
+        )
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        found.append(steps_of(run, "cuda", count=6))
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert one == pytest.approx(other, rel=1e-2)
+    of_first = [torch.cat([gradient.flatten() for gradient in each[1]]) for each in found]
+    assert (of_first[0] - of_first[1]).norm() < 1e-2 * of_first[0].norm()
+    assert peaks[1] < 0.8 * peaks[0]
