@@ -131,7 +131,7 @@ CHANGES = {
 """Of two variants: what is done for speed, each change on top of those before; the last makes the variant."""
 
 STEPS = {
-    f"{name}: {change}": replace(VARIANTS[name], **how)
+    f"{name}: {change}": replace(VARIANTS[name], forward=False, **how)
     for name, changes in CHANGES.items()
     for change, how in changes.items()
 }
