@@ -10,9 +10,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from repro import bench, config, presets, runs, sample, train
 from repro.files import ReproError
+from repro.models import recompute
 
 
 @dataclass(frozen=True)
@@ -81,24 +83,50 @@ def kept_for_backward(run: config.Config, images: int) -> int:
     """Bytes that plain PyTorch keeps of a forward pass of so many images for the backward pass, without the
     parameters themselves: an estimate of the memory of activations.
 
-    Counted on tensors without content, each storage once. A compiled network, and the kernels of a GPU
-    (`repro.models.norm_kernels`), keep less; gradients of activations and workspaces come on top.
+    Counted on tensors without content, each storage once. Of what is computed again (`train.recompute`):
+    what enters it, and the largest of them, as the backward pass has it back. A compiled network, and the
+    kernels of a GPU (`repro.models.norm_kernels`), keep less; gradients of activations and workspaces come on
+    top.
     """
     with bench.without_content(run, images) as (net, inputs):
+        recompute.allow(net, run.train.recompute)
         own = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
-        seen: list[Tensor] = []  # which keeps them, and so their addresses
+        kept = _Kept(own)
+        largest = 0
 
-        def keep(tensor: Tensor) -> Tensor:
-            seen.append(tensor)
-            return tensor
+        def again(function, *given):
+            nonlocal largest
+            for tensor in tree_leaves(given):
+                if isinstance(tensor, Tensor):
+                    kept(tensor)
+            within = _Kept(own | set(kept.storages))
+            with torch.autograd.graph.saved_tensors_hooks(within, lambda tensor: tensor):
+                out = function(*given)
+            largest = max(largest, sum(within.storages.values()))
+            return out
 
         with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor),
+            recompute.by(again),
             sample.autocast("cpu", run.train.precision),
         ):
             net(*inputs)
-        storages = {storage._cdata: storage.nbytes() for storage in (t.untyped_storage() for t in seen)}
-    return sum(size for address, size in storages.items() if address not in own)
+    return sum(kept.storages.values()) + largest
+
+
+class _Kept:
+    """A hook that notes storages, each once, but for some that are known; and keeps them, and so their
+    addresses."""
+
+    def __init__(self, known: set[int]):
+        self.known, self.storages, self.tensors = known, {}, []
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.storages[storage._cdata] = storage.nbytes()
+            self.tensors.append(tensor)
+        return tensor
 
 
 @dataclass(frozen=True)
@@ -201,6 +229,7 @@ def describe(run: config.Config, plan: Plan) -> str:
     times = f"{plan.share // plan.at_once} times " if plan.at_once < plan.share else ""
     state = ", ".join(f"{name} {_gib(size)}" for name, size in plan.state.items())
     averages = 1 + len(run.train.also_ema_halflife_images)
+    passes = 4 if run.train.recompute else 3  # forward, perhaps again, and twice backward
     lines = {
         "network": f"{run.model.kind}, {plan.parameters:,} parameters, {run.train.precision}",
         "training": f"{plan.steps:,} steps of {run.train.batch:,} images, {plan.images:,} images",
@@ -209,7 +238,7 @@ def describe(run: config.Config, plan: Plan) -> str:
         "activations": f"about {_gib(plan.kept)} of {plan.at_once:,} images at once, by plain PyTorch; "
         "compiled, less",
         "arithmetic": f"{plan.forward_flops / 1e9:,.2f} GFLOP a forward pass of an image; a step is about "
-        f"{3 * plan.forward_flops * run.train.batch / 1e12:,.2f} TFLOP over all processes",
+        f"{passes * plan.forward_flops * run.train.batch / 1e12:,.2f} TFLOP over all processes",
     }
     return "\n".join([run.name, *(f"  {name:<12} {text}" for name, text in lines.items())])
 

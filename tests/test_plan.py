@@ -12,6 +12,7 @@ from torch import nn
 from repro import bench, config, plan, presets, provenance, runs, train
 from repro.__main__ import main
 from repro.files import ReproError
+from repro.models import recompute
 
 TINY = dataclasses.replace(RUN, model=UNET, data=config.Data("drawn", classes=2, resolution=16))
 
@@ -115,6 +116,39 @@ def test_what_is_kept_is_what_a_real_forward_pass_keeps(precision):
     ):
         net(torch.zeros(4, 3, 16, 16), torch.zeros(4), torch.zeros(4, dtype=torch.long))
     assert plan.plan(run).kept == pytest.approx(sum(size for size, _ in kept.values()), rel=1e-3)
+
+
+class Twice(nn.Module):
+    """12 numbers to 5 to 5 and to 5 again: blocks of a product and ReLU, then a product."""
+
+    recompute = True
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, 5), nn.Linear(5, 5), nn.Linear(5, 4)
+
+    def forward(self, x, t):
+        for layer in (self.first, self.second):
+            x = recompute.block(self.recompute, lambda x, layer=layer: layer(x).relu(), x.flatten(1))
+        return self.last(x)
+
+
+def test_of_what_is_computed_again_what_enters_it_is_kept_and_the_largest_of_it(monkeypatch):
+    monkeypatch.setattr(runs, "network", lambda run: Twice())
+    run = dataclasses.replace(change(RUN, recompute=True), data=config.Data("drawn", resolution=2))
+    # what enters the two blocks, and what the last product and the second ReLU both keep; within a block 5
+    assert plan.kept_for_backward(run, 3) == 3 * 4 * (12 + 5 + 5 + 5)
+    assert plan.kept_for_backward(change(run, recompute=False), 3) == 3 * 4 * (12 + 5 + 5)
+
+
+def test_a_plan_says_what_computing_blocks_again_saves_and_costs():
+    by_blocks, all_of_it = (
+        plan.plan(change(presets.preset("paper/imagenet256-vit"), batch=64, recompute=value))
+        for value in (True, False)
+    )
+    assert by_blocks.kept < 0.2 * all_of_it.kept
+    run = change(presets.preset("paper/imagenet256-vit"), batch=64, recompute=True)
+    assert f"{4 * by_blocks.forward_flops * 64 / 1e12:,.2f} TFLOP" in plan.describe(run, by_blocks)
 
 
 def test_measured_peaks_of_memory_lie_below_the_plan():

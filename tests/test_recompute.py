@@ -123,6 +123,27 @@ def test_theorem_1_s_weights_are_found_of_a_network_that_computes_blocks_again()
     assert torch.equal(*found) and len(set(found[0].tolist())) > 1
 
 
+@pytest.mark.parametrize("name, most", [("vit", 0.2), ("unet", 0.4)])
+def test_compiled_less_is_kept_too(name, most, unchecked):
+    """torch.compile decides by itself what to keep, and may take the blocks' results for cheap to have."""
+    found = []
+    for again in (False, True):
+        net, kept = runs.network(run_of(name)), {}
+        recompute.allow(net, again)
+
+        def keep(tensor, kept=kept):
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+            return tensor
+
+        torch.compiler.reset()
+        compiled = torch.compile(net, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            compiled(torch.zeros(4, 3, 16, 16), torch.zeros(4), torch.zeros(4).long())
+        own = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+        found.append(sum(storage.nbytes() for key, storage in kept.items() if key not in own))
+    assert 0 < found[1] < most * found[0]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     "name, compiled", [("vit", False), ("unet", False), ("ldm", False), ("vit", True), ("unet", True)]

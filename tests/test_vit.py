@@ -443,6 +443,13 @@ def test_kernels_are_taken_away_one_by_one_and_blocks_computed_again_are_the_blo
     assert by_kernels["blocks, computed again"] == by_kernels["blocks"]
 
 
+def test_a_compiled_vit_that_computes_blocks_again_keeps_what_enters_them(by_kernels):
+    """By token and width, 4 bytes of the sum that enters each of four blocks, 2 of the branch that enters
+    three; what enters the patches' product comes on top."""
+    alone, again = by_kernels["bytes kept by a compiled ViT"]
+    assert 4 + 2 * 3 / 4 <= again < 6 and alone > 36
+
+
 # The kernels, and products, of float8 numbers
 
 

@@ -16,9 +16,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from repro import plainly
-from repro.models import vit_fused, vit_kernels
-from repro.models.vit import Block
+from repro import config, plainly
+from repro.models import recompute, vit_fused, vit_kernels
+from repro.models.vit import Block, ViT
 
 DEVICE = "cpu" if vit_kernels.INTERPRETED else "cuda"
 torch.set_default_device(DEVICE)
@@ -134,6 +134,32 @@ def blocks(tokens, heads, d, parts=tuple(plainly.PARTS), again=False):
         out = block(out)
     wanted = out, *torch.autograd.grad(out, [z, *exact.parameters()], dz.double())
     return errors(found, wanted)
+
+
+def kept(again):
+    """Bytes that a compiled ViT keeps for its backward pass, over tokens, width and blocks; again: of which
+    blocks are computed again. Traced alone, since Triton compiles nothing for a CPU."""
+    net = ViT(config.ViT(patch=4, width=64, depth=4, heads=2), resolution=16, in_channels=3, classes=4)
+    recompute.allow(net, again)
+    storages = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage
+        return tensor
+
+    vit_fused._can_take = lambda z, heads: True
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
+    given = draw(3, 3, 16, 16, seed=0, dtype=torch.float32), torch.arange(3.0), torch.arange(3)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    torch.set_default_device(None)  # which is a mode, in which less can be traced
+    with torch.autocast(DEVICE, torch.float16):
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            compiled(*given)
+    torch.set_default_device(DEVICE)
+    own = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
+    return sum(each.nbytes() for key, each in storages.items() if key not in own) / (3 * 18 * 64 * 4)
 
 
 def rounded(y):
@@ -261,6 +287,7 @@ cases |= {
     "blocks": blocks(19, 3, 16),
     "blocks, heads of 24": blocks(21, 2, 24),
     "blocks, computed again": blocks(19, 3, 16, again=True),
+    "bytes kept by a compiled ViT": [kept(False), kept(True)],
     "blocks, without our attention": blocks(19, 3, 16, ("sum and norm", "GELU")),
     "blocks, without our sum and norm": blocks(19, 3, 16, ("attention", "GELU")),
     "blocks, without our GELU": blocks(19, 3, 16, ("attention", "sum and norm")),

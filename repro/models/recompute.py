@@ -6,13 +6,30 @@ backward pass, which computes the block again.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from repro.files import ReproError
+
+how = functools.partial(checkpoint, use_reentrant=False)
+"""how(function, *given) -> function(*given), of which only what is given is kept."""
+
+
+@contextmanager
+def by(other: Callable[..., Any]) -> Iterator[None]:
+    """Within a block, `other` takes the place of `how`: to count what would be computed again."""
+    global how
+    before, how = how, other
+    try:
+        yield
+    finally:
+        how = before
 
 
 def allow(net: torch.nn.Module, recompute: bool) -> None:
@@ -35,5 +52,12 @@ def block(recompute: bool, function: Callable[..., Any], *given: Any) -> Any:
     `function` must give the same when it is called again: random numbers are those of the first call.
     """
     if recompute and torch.is_grad_enabled():
-        return checkpoint(function, *given, use_reentrant=False)
+        return how(_apart, function, *given)
     return function(*given)
+
+
+def _apart(function, *given):
+    """function(*given); compiled, what it gives is copied: else torch.compile may not see that this is what
+    is to be kept (where it is one of several results of an operator, say), and keeps what it was made of."""
+    out = function(*given)
+    return tree_map_only(torch.Tensor, torch.clone, out) if torch.compiler.is_compiling() else out
