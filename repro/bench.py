@@ -6,7 +6,7 @@
     python -m repro.bench --out paper/bench/sampling-float8.json --variants "ViT-L/4"
     python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2" "ViT-XL/2, batch 64"
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
-    python -m repro.bench --out paper/bench/changes.json --variants "changes to ViT-B/2" "changes to ADM-64"
+    python -m repro.bench --out paper/bench/changes.json --variants "changes to ViT-B/2"
     python -m repro.bench --out paper/bench/memory.json --variants "ViT-XL/2, batch 64" \
         "ViT-XL/2, batch 64, by 16" "ViT-XL/2, batch 64, recomputed"
     python -m repro.bench --out paper/bench/disk-cold.json --variants "ViT-B/2 from disk" \
@@ -19,7 +19,7 @@ those of the network as defined, however it is computed, counted by torch (2 per
 and convolutions only); a training step counts as 3 forward passes. Rates are medians over steps timed with
 CUDA events, on random data; those from disk are by the wall clock. (Of earlier states of this script or of
 the library, not here: disk.json, of a file that memory holds, read twice; disk-mapped.json, of latents read
-without asking for them first; vit-first-gpu.json and vit-second-gpu.json, the ViTs on other GPUs of a kind.)
+without asking for them first; vit-first-gpu.json to vit-third-gpu.json, the ViTs on other GPUs of a kind.)
 """
 
 from __future__ import annotations

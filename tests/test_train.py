@@ -1022,7 +1022,7 @@ def test_other_settings_or_pixels_do_not_go_on_from_a_state(home, tmp_path_facto
     "name, value",
     [
         ("images", 99), ("state_every_images", 1), ("log_every_images", 1), ("compile", True),
-        ("cuda_graphs", True), ("micro_batch", 2),
+        ("cuda_graphs", True), ("micro_batch", 2), ("recompute", True),
     ],
 )  # fmt: skip
 def test_lengths_and_speed_may_change_when_a_run_goes_on(tmp_path, name, value):
