@@ -17,15 +17,15 @@ from repro.models.unet import ADMUNet
 
 BENCH = Path(__file__).parents[1] / "paper" / "bench"
 FILES = [json.loads((BENCH / name).read_text()) for name in ("unet64.json", "unet64-10-plans.json")]
-VITS, FIRST_GPU, SECOND_GPU, THIRD_GPU, ADM, DISK, MAPPED, COLD, LOADER = (
+VITS, FIRST_GPU, SECOND_GPU, THIRD_GPU, ADM, DISK, MAPPED, COLD, LOADER, CHANGES, MEMORY = (
     json.loads((BENCH / f"{name}.json").read_text())
     for name in (
         "vit", "vit-first-gpu", "vit-second-gpu", "vit-third-gpu", "adm64", "disk", "disk-mapped",
-        "disk-cold", "loader",
+        "disk-cold", "loader", "changes", "memory",
     )
 )  # fmt: skip
 BEFORE = [FIRST_GPU, SECOND_GPU, THIRD_GPU]
-MEASURED = [variant for file in (*FILES, VITS, *BEFORE, ADM) for variant in file["variants"]]
+MEASURED = [variant for file in (*FILES, VITS, *BEFORE, ADM, CHANGES, MEMORY) for variant in file["variants"]]
 DRAWN, DRAWN_LATER, DRAWN_FLOAT8 = (
     json.loads((BENCH / f"{name}.json").read_text())
     for name in ("sampling", "sampling-vit", "sampling-float8")
@@ -285,6 +285,47 @@ def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says
         assert file["device"] == "NVIDIA H200"
 
 
+def test_each_change_made_training_faster_on_one_gpu():
+    """The first state is float32 as PyTorch has it, the last is the variant itself."""
+    assert CHANGES["commit"].isalnum() and CHANGES["device"] == "NVIDIA H200"
+    assert [variant["name"] for variant in CHANGES["variants"]] == [
+        f"ViT-B/2: {change}" for change in bench.CHANGES["ViT-B/2"]
+    ]
+    rates = [variant["train_images_per_second"] for variant in CHANGES["variants"]]
+    assert rates == sorted(rates) and rates[-1] > 3000
+    cards = [variant["matmul_tflops"] for variant in CHANGES["variants"]]
+    assert max(cards) < 1.01 * min(cards)
+    for name, changes in bench.CHANGES.items():
+        *_, last = changes
+        assert bench.STEPS[f"{name}: {last}"] == dataclasses.replace(bench.VARIANTS[name], forward=False)
+    for measured in (*CHANGES["variants"], *MEMORY["variants"]):
+        how = bench.how_computed(bench.TRAINED[measured["name"]])
+        assert measured | json.loads(json.dumps(how)) == measured and "kernels" in how
+
+
+def test_less_memory_costs_speed():
+    whole, by_parts, again = MEMORY["variants"]
+    for less in (by_parts, again):
+        assert less["gpu_memory_gib"] < 0.75 * whole["gpu_memory_gib"]
+        assert 0.8 < less["train_images_per_second"] / whole["train_images_per_second"] < 0.9
+    assert (whole["micro_batch"], by_parts["micro_batch"], again["recompute"]) == (None, 16, True)
+
+
+def test_each_network_is_compiled_once_before_it_is_measured():
+    eager, compiled, graph = (
+        f"ViT-B/2: {change}" for change in ("bfloat16", "compiled", "one CUDA graph a step")
+    )
+    names = [eager, graph, compiled, "ViT-B/2 from disk", "ViT-L/4", "ViT-B/2: our GELU"]
+    assert bench.to_compile(names) == [graph, "ViT-L/4", "ViT-B/2: our GELU"]
+
+
+def test_a_network_that_is_not_computed_as_ours_runs_forward_in_its_own_precision(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = {name: bench.precisions_of(variant) for name, variant in bench.TRAINED.items()}
+    assert found["ViT-B/2: float32"] == ("fp32",) and found["ViT-B/2: our attention"] == ("bf16",)
+    assert found["ViT-B/2"] == ("bf16", "fp8") and found["ADM-64"] == ("bf16",)
+
+
 def test_two_gpus_train_1_9_times_as_fast_as_one_and_reading_latents_from_memory_costs_little():
     one, two = DISK["variants"]
     assert (one["gpus"], two["gpus"]) == (1, 2) and one["images"] == two["images"]
@@ -323,7 +364,7 @@ def test_the_committed_measurements_of_a_file_larger_than_memory():
     "measured", MEASURED, ids=lambda measured: f"{measured['name']}, {measured['cudnn_plans']} plans"
 )
 def test_the_committed_measurements_are_consistent(measured):
-    variant = bench.VARIANTS[measured["name"]]
+    variant = bench.TRAINED[measured["name"]]
     flops = measured["forward_gflop_per_image"] * 1e9
     assert flops == bench.forward_flops(bench.training_of(variant))
     earlier = {"ViT-XL/2": 384} if measured in THIRD_GPU["variants"] else {}
@@ -335,9 +376,9 @@ def test_the_committed_measurements_are_consistent(measured):
         measured["train_tflops"] / measured["matmul_tflops"]
     )
     assert measured["train_step_ms"] == pytest.approx(1000 * measured["batch"] / speed)
-    assert measured["gpu_busy_ms"] <= measured["train_step_ms"]
+    assert measured["gpu_busy_ms"] <= 1.02 * measured["train_step_ms"]  # of other steps, and fewer
     assert sum(measured["gpu_busy_shares"].values()) == pytest.approx(1, abs=1e-3)
-    assert measured["gpu_busy_shares"]["other"] < 0.05
+    assert measured["gpu_busy_shares"]["other"] < (0.05 if variant.compile else 0.1)
     # listed are the 30 largest kernels, largest first, all within the time that the GPU is busy
     times = [time for _, time in measured["largest_kernels_ms"]]
     assert times == sorted(times, reverse=True) and 0 < sum(times) <= measured["gpu_busy_ms"]

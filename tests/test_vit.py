@@ -443,6 +443,11 @@ def test_kernels_are_taken_away_one_by_one_and_blocks_computed_again_are_the_blo
     assert by_kernels["blocks, computed again"] == by_kernels["blocks"]
 
 
+def test_an_unknown_kernel_is_named():
+    with pytest.raises(ReproError, match="ViTs have no kernel for 'norm'; known: attention, sum and norm, G"):
+        plainly.use_kernels(("attention", "norm"))
+
+
 def test_a_compiled_vit_that_computes_blocks_again_keeps_what_enters_them(by_kernels):
     """By token and width, 4 bytes of the sum that enters each of four blocks, 2 of the branch that enters
     three; what enters the patches' product comes on top."""
