@@ -13,8 +13,9 @@
         "ViT-B/2 from disk, 2 GPUs"
     python -m repro.bench --out paper/bench/loader.json --variants "batches from disk"       (without a GPU)
 
-All variants are compiled at once, but for those from disk, which warm up by themselves; then each is timed
-in a process of its own, one after the other, so that nothing disturbs how cuDNN chooses its plans. FLOPs are
+All variants are compiled at once, each network once, but for those from disk, which warm up by themselves,
+and those that run uncompiled; then each is timed in a process of its own, one after the other, so that
+nothing disturbs how cuDNN chooses its plans. FLOPs are
 those of the network as defined, however it is computed, counted by torch (2 per multiply-add, matrix products
 and convolutions only); a training step counts as 3 forward passes. Rates are medians over steps timed with
 CUDA events, on random data; those from disk are by the wall clock. (Of earlier states of this script or of
@@ -110,7 +111,7 @@ MEMORY = {
 }
 """By name: what a network trains like in less memory."""
 
-EAGER, PLAIN = {"compile": False, "cuda_graphs": False}, {"plain": True}
+EAGER = {"compile": False, "cuda_graphs": False}
 CHANGES = {
     "ViT-B/2": {
         "float32": {"precision": "fp32", "kernels": (), **EAGER},
@@ -121,14 +122,8 @@ CHANGES = {
         "our sum and layer norm": {"kernels": ("attention", "sum and norm")},
         "our GELU": {},
     },
-    "ADM-64": {
-        "bfloat16": PLAIN | EAGER,
-        "compiled": PLAIN | {"cuda_graphs": False},
-        "one CUDA graph a step": PLAIN,
-        "our norms and convolutions": {},
-    },
 }
-"""Of two variants: what is done for speed, each change on top of those before; the last makes the variant."""
+"""Of a variant: what is done for speed, each change on top of those before; the last makes the variant."""
 
 STEPS = {
     f"{name}: {change}": replace(VARIANTS[name], forward=False, **how)
@@ -232,7 +227,15 @@ def forward_flops(run: config.Config, plain: bool = True) -> float:
 
 KINDS = {
     "GELU": ("_gelu_kernel", "_gelu_fp8_kernel", "_gelu_grad_kernel"),
-    "attention": ("flash", "fmha", "attention", "_query_gradient_kernel", "_key_gradient_kernel"),
+    "attention": (
+        "flash",
+        "fmha",
+        "attention",
+        "compute_dot_do_o",
+        "convert_dq",
+        "_query_gradient_kernel",
+        "_key_gradient_kernel",
+    ),
     "norm and other reductions": ("triton_red", "triton_per", "_norm_kernel", "_grad_kernel"),
     "elementwise": ("triton_poi", "elementwise", "copy", "memset", "memcpy", "cat"),
     "optimizer": ("multi_tensor", "adam", "lpnorm"),

@@ -88,7 +88,7 @@ class _Biased(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        return dx, dx.sum((0, 1), dtype=torch.float32)
+        return dx, dx.sum((0, 1))
 
 
 class PlainAttention:

@@ -313,6 +313,11 @@ class Trainer:
         self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
         self.net = self.denoiser.net
         recompute.allow(self.net, run.train.recompute)
+        if run.train.recompute and run.train.cuda_graphs and not run.train.compile:
+            raise ReproError(
+                "train.recompute and train.cuda_graphs need train.compile: what draws random numbers again "
+                "cannot be captured; give --train.no-cuda-graphs too"
+            )
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         on_gpu = place.device.type == "cuda"
         # on the device, so that a captured step reads what each step sets

@@ -108,6 +108,8 @@ KERNELS = {
     "nvjet_sm90_tst_96x64_64x8_2x1_v_bz_splitK_NTN": "matrix product",
     "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64": "matrix product",
     "void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16_s161616gemm_bf16>": "matrix product",
+    "void cudnn::fusion::compute_dot_do_o_specialized<true>": "attention",
+    "void cudnn::fusion::convert_dq_to_16bits<256>": "attention",
     "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_26": "attention",
     "triton_red_fused__to_copy_convolution_mean_pow_8": "norm and other reductions",
     "_norm_kernel": "norm and other reductions",
@@ -285,14 +287,16 @@ def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says
         assert file["device"] == "NVIDIA H200"
 
 
-def test_each_change_made_training_faster_on_one_gpu():
+def test_what_is_done_for_speed_made_training_faster_on_one_gpu():
     """The first state is float32 as PyTorch has it, the last is the variant itself."""
     assert CHANGES["commit"].isalnum() and CHANGES["device"] == "NVIDIA H200"
     assert [variant["name"] for variant in CHANGES["variants"]] == [
         f"ViT-B/2: {change}" for change in bench.CHANGES["ViT-B/2"]
     ]
     rates = [variant["train_images_per_second"] for variant in CHANGES["variants"]]
-    assert rates == sorted(rates) and rates[-1] > 3000
+    float32, bfloat16, compiled, graph, *_, all_of_it = rates
+    assert 5 * float32 < bfloat16 and 1.2 * bfloat16 < compiled
+    assert all_of_it > 1.1 * max(compiled, graph) and all_of_it > 3000
     cards = [variant["matmul_tflops"] for variant in CHANGES["variants"]]
     assert max(cards) < 1.01 * min(cards)
     for name, changes in bench.CHANGES.items():

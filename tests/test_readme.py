@@ -92,6 +92,9 @@ def test_the_clusters_script_is_bash_and_its_command_one_of_ours(tmp_path, monke
     command = ["bash", tmp_path / "job.sh", "paper/imagenet64-edm"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
+    (tmp_path / "srun").write_text("#!/bin/bash\nexit 3\n")
+    failed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert failed.returncode == 3
     words = shlex.split((tmp_path / "started").read_text())
     assert words[words.index("--rdzv-endpoint") + 1] == "node1:29500"
     assert words[words.index("--nnodes") + 1] == "2" and words[words.index("--nproc-per-node") + 1] == "8"

@@ -109,6 +109,13 @@ def test_a_network_that_cannot_is_refused():
         train.Trainer(run, train.find_place("cpu"))
 
 
+def test_what_could_not_be_captured_is_refused():
+    run = run_of("unet", recompute=True, cuda_graphs=True)
+    with pytest.raises(ReproError, match="need train.compile: .* give --train.no-cuda-graphs too"):
+        train.Trainer(run, train.find_place("cpu"))
+    train.Trainer(run_of("unet", recompute=True, cuda_graphs=True, compile=True), train.find_place("cpu"))
+
+
 def test_theorem_1_s_weights_are_found_of_a_network_that_computes_blocks_again():
     """By per-sample gradients, which cannot go through what is computed again."""
     found = []

@@ -467,8 +467,8 @@ def free_port():
 
 
 def test_where_a_node_loses_its_process_torchrun_starts_both_nodes_anew(home):
-    """Two agents, as on two nodes, told as README's script tells them, with its variables: without one of
-    them this failed. A process of four is killed in the fifth step; all go on from the state of the third."""
+    """Two agents, as on two nodes, with the variables of README's script, without one of which this failed,
+    and an address. A process of four is killed in the fifth step; all go on from the state of the third."""
     code, mark = script(home / "two", changes="images=40"), home / "killed"
     begin, train_it = code.rsplit("train.train(", 1)
     start = f"import os, pathlib; pathlib.Path({str(home)!r}, f'start-{{os.getpid()}}').touch()\n"
@@ -482,12 +482,17 @@ def test_where_a_node_loses_its_process_torchrun_starts_both_nodes_anew(home):
     environment = {
         **os.environ, **dict(exported), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(provenance.ROOT)
     }  # fmt: skip
-    nodes = [
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-        for _ in range(2)
-    ]
-    said = [node.communicate(timeout=200)[1] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], said
+    said = [home / f"node{number}.txt" for number in (0, 1)]
+    nodes = []
+    try:
+        for path in said:
+            with open(path, "w") as file:
+                nodes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
+        ended = [node.wait(timeout=200) for node in nodes]
+    finally:
+        for node in nodes:
+            node.terminate()  # which ends its processes; nothing where it has ended
+    assert ended == [0, 0], [path.read_text()[-3000:] for path in said]
     assert mark.exists() and len(list(home.glob("start-*"))) == 8
     train.train(change(RUN, images=40), home / "one", "cpu", grid=(1, 1))
     one, two = (runs.load_run(home / out) for out in ("one", "two"))
