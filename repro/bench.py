@@ -710,7 +710,9 @@ def main(
         if found is not None:
             files.write_json(out, found)
         return
-    groups = {f"changes to {name}": [step for step in STEPS if step.startswith(name)] for name in CHANGES}
+    groups = {
+        f"changes to {name}": [step for step in STEPS if step.startswith(f"{name}: ")] for name in CHANGES
+    }
     names = [each for name in variants or VARIANTS for each in groups.get(name, [name])]
     known = {**TRAINED, **SAMPLING, **FROM_DISK}
     if unknown := [name for name in names if name not in known]:

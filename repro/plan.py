@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from repro import bench, config, presets, runs, sample, train
@@ -85,24 +85,23 @@ def kept_for_backward(run: config.Config, images: int) -> int:
 
     Counted on tensors without content, each storage once. Of what is computed again (`train.recompute`):
     what enters it, and the largest of them, as the backward pass has it back. A compiled network, and the
-    kernels of a GPU (`repro.models.norm_kernels`), keep less; gradients of activations and workspaces come on
-    top.
+    kernels of a GPU (`repro.models.norm_kernels`), keep less, but where blocks are computed again (see
+    `recompute`); gradients of activations and workspaces come on top.
     """
     with bench.without_content(run, images) as (net, inputs):
         recompute.allow(net, run.train.recompute)
-        own = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
-        kept = _Kept(own)
-        largest = 0
+        own = storages_of(net)
+        kept, largest = Kept(own), 0
 
         def again(function, *given):
             nonlocal largest
             for tensor in tree_leaves(given):
                 if isinstance(tensor, Tensor):
                     kept(tensor)
-            within = _Kept(own | set(kept.storages))
+            within = Kept(own | set(kept.storages))
             with torch.autograd.graph.saved_tensors_hooks(within, lambda tensor: tensor):
                 out = function(*given)
-            largest = max(largest, sum(within.storages.values()))
+            largest = max(largest, within.bytes)
             return out
 
         with (
@@ -111,22 +110,33 @@ def kept_for_backward(run: config.Config, images: int) -> int:
             sample.autocast("cpu", run.train.precision),
         ):
             net(*inputs)
-    return sum(kept.storages.values()) + largest
+    return kept.bytes + largest
 
 
-class _Kept:
-    """A hook that notes storages, each once, but for some that are known; and keeps them, and so their
-    addresses."""
+class Kept:
+    """A hook for saved tensors that notes their storages, each once, but for some that are known by address;
+    and keeps the tensors, so that no address is taken twice."""
 
     def __init__(self, known: set[int]):
         self.known, self.storages, self.tensors = known, {}, []
 
     def __call__(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
         storage = tensor.untyped_storage()
         if storage._cdata not in self.known:
             self.storages[storage._cdata] = storage.nbytes()
             self.tensors.append(tensor)
         return tensor
+
+    @property
+    def bytes(self) -> int:
+        """Of all these storages."""
+        return sum(self.storages.values())
+
+
+def storages_of(net: nn.Module) -> set[int]:
+    """Addresses of the storages of a network's parameters."""
+    return {parameter.untyped_storage()._cdata for parameter in net.parameters()}
 
 
 @dataclass(frozen=True)
@@ -236,7 +246,7 @@ def describe(run: config.Config, plan: Plan) -> str:
         "processes": f"{plan.processes}, each {times}{plan.at_once:,} images at once a step",
         "state": f"{_gib(sum(plan.state.values()))} a process ({state}; averages: {averages})",
         "activations": f"about {_gib(plan.kept)} of {plan.at_once:,} images at once, by plain PyTorch; "
-        "compiled, less",
+        + ("compiled, perhaps more" if run.train.recompute else "compiled, less"),
         "arithmetic": f"{plan.forward_flops / 1e9:,.2f} GFLOP a forward pass of an image; a step is about "
         f"{passes * plan.forward_flops * run.train.batch / 1e12:,.2f} TFLOP over all processes",
     }

@@ -274,6 +274,11 @@ def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says
     assert reached == [True, False, False, True]  # before the last change of attention, and after it
     shares = [variant["train_share_of_matmul"] for variant in of_xl]
     assert shares[-1] > max(shares[:-1])
+    attention = [
+        variant["gpu_busy_ms"] * variant["gpu_busy_shares"]["attention"] / variant["batch"]
+        for variant in of_xl
+    ]
+    assert attention[-1] < 0.95 * min(attention[:-1])  # milliseconds an image
     assert by_name["ADM-64"]["train_images_per_second"] >= 490
     assert by_name["ADM-64"]["forwards_per_second"] >= 1700
     assert by_name["ADM-64"]["forwards_per_second"] >= 3 * others["adm_64"]["forwards_per_second"]
@@ -335,8 +340,8 @@ def test_two_gpus_train_1_9_times_as_fast_as_one_and_reading_latents_from_memory
     assert (one["gpus"], two["gpus"]) == (1, 2) and one["images"] == two["images"]
     assert one["image_bytes"] == 2 * 2 * 8 * 32 * 32  # moments of an image and of its mirror image, float16
     assert one["batch"] * one["steps"] <= one["images"] and two["batch"] == 2 * one["batch"]
-    # of images drawn on the GPU; by which of these GPUs is not known, and they are not equally fast
-    trained = min(file["variants"][0]["train_images_per_second"] for file in (*BEFORE, VITS))
+    # of images drawn on the GPU, which are not equally fast: of the last one before kernels changed again
+    trained = THIRD_GPU["variants"][0]["train_images_per_second"]
     for reading in ("first_pass", "second_pass"):
         speed = f"{reading}_images_per_second"
         assert two[speed] >= 1.9 * one[speed]
@@ -380,7 +385,11 @@ def test_the_committed_measurements_are_consistent(measured):
         measured["train_tflops"] / measured["matmul_tflops"]
     )
     assert measured["train_step_ms"] == pytest.approx(1000 * measured["batch"] / speed)
-    assert measured["gpu_busy_ms"] <= 1.02 * measured["train_step_ms"]  # of other steps, and fewer
+    # of other steps, and fewer; in one of these, that showed
+    assert (
+        measured["gpu_busy_ms"]
+        <= (1.02 if measured in CHANGES["variants"] else 1) * measured["train_step_ms"]
+    )
     assert sum(measured["gpu_busy_shares"].values()) == pytest.approx(1, abs=1e-3)
     assert measured["gpu_busy_shares"]["other"] < (0.05 if variant.compile else 0.1)
     # listed are the 30 largest kernels, largest first, all within the time that the GPU is busy

@@ -444,11 +444,19 @@ train.Trainer.train_step = step_or_die
 """
 
 
-def test_where_a_process_is_lost_all_end_and_started_again_miss_nothing(home):
-    """Killed in the fifth step; the same command then goes on from the last state, after the third."""
+def dies_once(home):
+    """The mark left by lost.py, written here, which trains as `script` does, but that a process of it is
+    killed in its fifth step, once. Each process that starts it leaves a file of its own too."""
     code, mark = script(home / "two", changes="images=40"), home / "killed"
     begin, train_it = code.rsplit("train.train(", 1)
-    (home / "lost.py").write_text(f"{begin}{LOST.format(mark=str(mark))}train.train({train_it}")
+    start = f"import os, pathlib; pathlib.Path({str(home)!r}, f'start-{{os.getpid()}}').touch()\n"
+    (home / "lost.py").write_text(f"{start}{begin}{LOST.format(mark=str(mark))}train.train({train_it}")
+    return mark
+
+
+def test_where_a_process_is_lost_all_end_and_started_again_miss_nothing(home):
+    """Killed in the fifth step; the same command then goes on from the last state, after the third."""
+    mark = dies_once(home)
     with pytest.raises(AssertionError, match="SIGKILL"):
         torchrun(2, home / "lost.py")
     assert mark.exists() and log_of(home / "two")[-1][0] < 40
@@ -469,10 +477,7 @@ def free_port():
 def test_where_a_node_loses_its_process_torchrun_starts_both_nodes_anew(home):
     """Two agents, as on two nodes, with the variables of README's script, without one of which this failed,
     and an address. A process of four is killed in the fifth step; all go on from the state of the third."""
-    code, mark = script(home / "two", changes="images=40"), home / "killed"
-    begin, train_it = code.rsplit("train.train(", 1)
-    start = f"import os, pathlib; pathlib.Path({str(home)!r}, f'start-{{os.getpid()}}').touch()\n"
-    (home / "lost.py").write_text(f"{start}{begin}{LOST.format(mark=str(mark))}train.train({train_it}")
+    mark = dies_once(home)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "7",

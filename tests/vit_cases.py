@@ -16,7 +16,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from repro import config, plainly
+from repro import config, plainly, plan
 from repro.models import recompute, vit_fused, vit_kernels
 from repro.models.vit import Block, ViT
 
@@ -137,17 +137,11 @@ def blocks(tokens, heads, d, parts=tuple(plainly.PARTS), again=False):
 
 
 def kept(again):
-    """Bytes that a compiled ViT keeps for its backward pass, over tokens, width and blocks; again: of which
-    blocks are computed again. Traced alone, since Triton compiles nothing for a CPU."""
+    """Bytes that a ViT keeps for its backward pass, over tokens, width and blocks, as AOT autograd cuts it
+    without Inductor, which cuts it otherwise; again: of which blocks are computed again."""
     net = ViT(config.ViT(patch=4, width=64, depth=4, heads=2), resolution=16, in_channels=3, classes=4)
     recompute.allow(net, again)
-    storages = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage
-        return tensor
-
+    hook = plan.Kept(plan.storages_of(net))
     vit_fused._can_take = lambda z, heads: True
     torch.compiler.reset()
     compiled = torch.compile(net, fullgraph=True, dynamic=False, backend="aot_eager_decomp_partition")
@@ -155,11 +149,10 @@ def kept(again):
     torch.set_autocast_dtype("cuda", torch.float16)
     torch.set_default_device(None)  # which is a mode, in which less can be traced
     with torch.autocast(DEVICE, torch.float16):
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(hook, lambda tensor: tensor):
             compiled(*given)
     torch.set_default_device(DEVICE)
-    own = {parameter.untyped_storage()._cdata for parameter in net.parameters()}
-    return sum(each.nbytes() for key, each in storages.items() if key not in own) / (3 * 18 * 64 * 4)
+    return hook.bytes / (3 * 18 * 64 * 4)
 
 
 def rounded(y):
@@ -287,7 +280,7 @@ cases |= {
     "blocks": blocks(19, 3, 16),
     "blocks, heads of 24": blocks(21, 2, 24),
     "blocks, computed again": blocks(19, 3, 16, again=True),
-    "bytes kept by a compiled ViT": [kept(False), kept(True)],
+    "bytes kept by a traced ViT": [kept(False), kept(True)],
     "blocks, without our attention": blocks(19, 3, 16, ("sum and norm", "GELU")),
     "blocks, without our sum and norm": blocks(19, 3, 16, ("attention", "GELU")),
     "blocks, without our GELU": blocks(19, 3, 16, ("attention", "sum and norm")),

@@ -294,21 +294,24 @@ class Encoder(nn.Module):
         """The embedding of the time."""
         return self.time_out(F.silu(self.time_in(sinusoids(t, self.channels).to(dtype))))
 
-    def conditions(self, emb: Float[Tensor, "n e"]) -> Iterator[Float[Tensor, "n _"]]:
-        """What each residual block is conditioned on, in their order: its layer `emb` of SiLU(`emb`).
+    def conditions(self, emb: Float[Tensor, "n e"]) -> Iterator[list[Float[Tensor, "n _"]]]:
+        """What the residual blocks of each step are conditioned on, in their order: their layers `emb` of
+        SiLU(`emb`).
 
         All by one product, since each by itself is too small to occupy a GPU.
         """
-        layers = [block.emb for block in self.modules() if isinstance(block, ResidualBlock)]
+        steps = [step.residuals() for step in self.modules() if isinstance(step, Step)]
+        layers = [block.emb for step in steps for block in step]
         weight = torch.cat([layer.weight for layer in layers])
         bias = torch.cat([layer.bias for layer in layers])
         all_of_them = F.linear(F.silu(emb), weight, bias)
-        return iter(all_of_them.split([layer.out_features for layer in layers], dim=1))
+        each = iter(all_of_them.split([layer.out_features for layer in layers], dim=1))
+        return iter([[next(each) for _ in step] for step in steps])
 
     def encode(
         self,
         x: Float[Tensor, "n c h w"],
-        conditions: Iterator[Float[Tensor, "n _"]],
+        conditions: Iterator[list[Float[Tensor, "n _"]]],
         keep: bool,
         context: Float[Tensor, "n k e"] | None = None,
     ) -> tuple[Map, list[Map | None]]:
@@ -316,22 +319,11 @@ class Encoder(nn.Module):
         h = Map(self.conv_in(x), self.conv_in.bias)
         skips = []
         for step in (*self.encoder, self.middle):
-            h, kept = self.take(step, h, conditions, keep=keep, context=context)
+            h, kept = recompute.block(
+                self.recompute and self.training, step, h, next(conditions), None, keep, context
+            )
             skips.append(kept)
         return h, skips
-
-    def take(
-        self,
-        step: Step,
-        h: Map,
-        conditions: Iterator[Float[Tensor, "n _"]],
-        skip: Map | None = None,
-        keep: bool = False,
-        context: Float[Tensor, "n k e"] | None = None,
-    ) -> tuple[Map, Map | None]:
-        """What `step` makes of these (see `Step`), and of as many conditions as it has residual blocks."""
-        own = [next(conditions) for block in step if isinstance(block, ResidualBlock)]
-        return recompute.block(self.recompute and self.training, step, h, own, skip, keep, context)
 
 
 def heads_for(config: config.UNet | config.NoisyClassifier, channels: int) -> int:
@@ -400,7 +392,9 @@ class ADMUNet(Encoder):
         conditions = self.conditions(emb)
         h, skips = self.encode(x, conditions, keep=True, context=context)
         for step in self.decoder:
-            h, _ = self.take(step, h, conditions, skips.pop(), context=context)
+            h, _ = recompute.block(
+                self.recompute and self.training, step, h, next(conditions), skips.pop(), False, context
+            )
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
             return self.conv_out(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True))  # n out h w
 
@@ -460,6 +454,10 @@ class Step(nn.ModuleList):
 
     def __init__(self, *blocks: nn.Module):
         super().__init__(blocks)
+
+    def residuals(self) -> list[ResidualBlock]:
+        """Its residual blocks."""
+        return [block for block in self if isinstance(block, ResidualBlock)]
 
     def forward(
         self,

@@ -6,8 +6,7 @@ tokens of what some kernel writes; that kernel gives it too, so products take th
 To sample, products can be of float8 (e4m3) numbers, at twice the rate of half precision: within `products`.
 Each row of activations has a scale, and each output channel of weights, so that their greatest number is 448.
 The kernel that forms a row scales it. Attention forms the numbers of a row in different programs, one for
-each head: the product that follows, a twelfth of them all, stays in bfloat16. So does the whole first block,
-where the laboratory's trained ViT loses most.
+each head: the product that follows, a twelfth of them all, stays in bfloat16. So does the whole first block.
 """
 
 from __future__ import annotations
