@@ -1,5 +1,7 @@
 """What every test shares: checked shapes, one thread, and the folder of real images."""
 
+import os
+import shutil
 from pathlib import Path
 
 import jaxtyping
@@ -21,6 +23,14 @@ torch.set_num_threads(1)
 def unchecked(monkeypatch):
     """Within a test no annotation is checked: torch.compile, asked for one graph, cannot trace the checks."""
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+@pytest.fixture(scope="session")
+def inductor() -> str:
+    """torch.compile's way of compiling for training, for CPUs: tests are skipped where it cannot."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("torch.compile needs a C++ compiler, such as g++, to compile for a CPU")
+    return "inductor"
 
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"

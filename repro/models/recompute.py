@@ -59,7 +59,21 @@ def block(recompute: bool, function: Callable[..., Any], *given: Any) -> Any:
 
 
 def _apart(function, *given):
-    """function(*given); compiled, what it gives is copied, so that AOT autograd sees that this is what is to
-    be kept. Inductor, by which networks are compiled for training, removes copies before it looks."""
+    """function(*given); compiled, what it gives is copied by `_copy`, so that this is what is kept of it."""
     out = function(*given)
-    return tree_map_only(torch.Tensor, torch.clone, out) if torch.compiler.is_compiling() else out
+    return tree_map_only(torch.Tensor, _copy, out) if torch.compiler.is_compiling() else out
+
+
+@torch.library.custom_op("repro::copy", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _copy(x: torch.Tensor) -> torch.Tensor:
+    """A copy that torch.compile cannot take away: Inductor removes those of torch.clone before it chooses
+    what to keep, and without one it chose the first block's input alone, of a ViT by our kernels."""
+    return torch.clone(x)
+
+
+@_copy.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+_copy.register_autograd(lambda ctx, gradient: gradient)
