@@ -104,7 +104,10 @@ def train(name: str, arguments: list[str]) -> None:
     run, out = options.run, options.out or Path("runs") / name
     if options.dry_run:
         from repro import plan
+        from repro.train import check_captured
 
+        if options.device != "cpu":  # most plans are for GPUs that are elsewhere
+            check_captured(run.train)
         if os.environ.get("RANK", "0") == "0":
             print(plan.describe(run, plan.plan(run, int(os.environ.get("WORLD_SIZE", 1)))))
         return

@@ -7,8 +7,9 @@
     python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2" "ViT-XL/2, batch 64"
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
     python -m repro.bench --out paper/bench/changes.json --variants "changes to ViT-B/2"
+    python -m repro.bench --out paper/bench/changes-adm64.json --variants "changes to ADM-64"
     python -m repro.bench --out paper/bench/memory.json --variants "ViT-XL/2, batch 64" \
-        "ViT-XL/2, batch 64, by 16" "ViT-XL/2, batch 64, recomputed"
+        "ViT-XL/2, batch 64, by 16" "ViT-XL/2, batch 64, recomputed" "ViT-XL/2, recomputed"
     python -m repro.bench --out paper/bench/disk-cold.json --variants "ViT-B/2 from disk" \
         "ViT-B/2 from disk, 2 GPUs"
     python -m repro.bench --out paper/bench/loader.json --variants "batches from disk"       (without a GPU)
@@ -71,6 +72,8 @@ PROTOTYPE = config.UNet(
 _lab = presets.PRESETS["lab/celeba64-unet"].model
 _adm = presets.PRESETS["paper/imagenet64-unet"]
 
+PLAIN = tuple(plainly.BLOCKS)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -79,8 +82,9 @@ class Variant:
     model: config.UNet | config.ViT
     data: config.Data | None = None
     """Whose sizes and classes the network has; by default the lab UNet's."""
-    plain: bool = False
-    """Written plainly: `F.group_norm`, and maps that are joined and doubled before they are convolved."""
+    plain: tuple[str, ...] = ()
+    """Parts of a UNet that are written plainly (see `plainly.BLOCKS`): norms by `F.group_norm` of maps that
+    are joined before; convolutions of doubled maps, and by cuDNN alone, the last in float32."""
     batch: int = 256
     cuda_graphs: bool = False
     forward: bool = True
@@ -94,7 +98,7 @@ class Variant:
 
 
 VARIANTS = {
-    "prototype, plain": Variant(PROTOTYPE, plain=True, batch=512, forward=False),
+    "prototype, plain": Variant(PROTOTYPE, plain=PLAIN, batch=512, forward=False),
     "prototype": Variant(PROTOTYPE, batch=512, cuda_graphs=True, forward=False),
     "lab": Variant(_lab, cuda_graphs=True),
     "ViT-B/2": Variant(*presets.TABLE_1["ViT-Base"], cuda_graphs=True),
@@ -108,6 +112,7 @@ network without the channels that predict a variance."""
 MEMORY = {
     "ViT-XL/2, batch 64, by 16": replace(VARIANTS["ViT-XL/2, batch 64"], micro_batch=16, forward=False),
     "ViT-XL/2, batch 64, recomputed": replace(VARIANTS["ViT-XL/2, batch 64"], recompute=True, forward=False),
+    "ViT-XL/2, recomputed": replace(VARIANTS["ViT-XL/2"], recompute=True, forward=False),
 }
 """By name: what a network trains like in less memory."""
 
@@ -121,6 +126,14 @@ CHANGES = {
         "our attention": {"kernels": ("attention",)},
         "our sum and layer norm": {"kernels": ("attention", "sum and norm")},
         "our GELU": {},
+    },
+    "ADM-64": {
+        "float32": {"precision": "fp32", "plain": PLAIN, **EAGER},
+        "bfloat16": {"plain": PLAIN, **EAGER},
+        "compiled": {"plain": PLAIN, "cuda_graphs": False},
+        "one CUDA graph a step": {"plain": PLAIN},
+        "our norms": {"plain": ("convolutions",)},
+        "our convolutions": {},
     },
 }
 """Of a variant: what is done for speed, each change on top of those before; the last makes the variant."""
@@ -331,9 +344,8 @@ def measure(name: str, only_compile: bool = False) -> dict:
     torch.backends.cudnn.benchmark_limit = settings.cudnn_plans
     place = train.Place(0, 1, torch.device("cuda"))
     trainer = train.Trainer(run, place)
-    if variant.plain:
-        plainly.make_plain(trainer.net)
-        plainly.make_plain(trainer.ema)
+    for net in (trainer.net, trainer.ema):
+        plainly.make_plain(net, variant.plain)
     side, channels = run.data.resolution, run.data.channels
     y = torch.randn(batch, channels, side, side, device="cuda")
     generator = torch.Generator("cuda")

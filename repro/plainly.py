@@ -66,17 +66,23 @@ class PlainInputConvolution(InputConvolution):
 
 
 BLOCKS = {
-    GroupNorm: PlainGroupNorm,
-    InputConvolution: PlainInputConvolution,
-    Resample: PlainResample,
-    OutputConvolution: PlainOutputConvolution,
+    "norms": {GroupNorm: PlainGroupNorm},
+    "convolutions": {
+        InputConvolution: PlainInputConvolution,
+        Resample: PlainResample,
+        OutputConvolution: PlainOutputConvolution,
+    },
 }
+"""Parts of a UNet that we compute in ways of our own: their classes, and the plain ones."""
 
 
-def make_plain(net: nn.Module) -> None:
-    """Let all blocks of `net` compute plainly, in place."""
+def make_plain(net: nn.Module, parts: Collection[str] = tuple(BLOCKS)) -> None:
+    """Let these parts of `net` compute plainly, in place; raises `ReproError` for an unknown one."""
+    if unknown := sorted(set(parts) - set(BLOCKS)):
+        raise ReproError(f"UNets have no part {unknown[0]!r}; known: {', '.join(BLOCKS)}")
+    plain = {ours: other for part in parts for ours, other in BLOCKS[part].items()}
     for module in net.modules():
-        module.__class__ = BLOCKS.get(type(module), type(module))
+        module.__class__ = plain.get(type(module), type(module))
 
 
 class _Biased(torch.autograd.Function):

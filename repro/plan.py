@@ -85,8 +85,8 @@ def kept_for_backward(run: config.Config, images: int) -> int:
 
     Counted on tensors without content, each storage once. Of what is computed again (`train.recompute`):
     what enters it, and the largest of them, as the backward pass has it back. A compiled network, and the
-    kernels of a GPU (`repro.models.norm_kernels`), keep less, but where blocks are computed again (see
-    `recompute`); gradients of activations and workspaces come on top.
+    kernels of a GPU (`repro.models.norm_kernels`), keep less; gradients of activations and workspaces come
+    on top.
     """
     with bench.without_content(run, images) as (net, inputs):
         recompute.allow(net, run.train.recompute)
@@ -246,7 +246,7 @@ def describe(run: config.Config, plan: Plan) -> str:
         "processes": f"{plan.processes}, each {times}{plan.at_once:,} images at once a step",
         "state": f"{_gib(sum(plan.state.values()))} a process ({state}; averages: {averages})",
         "activations": f"about {_gib(plan.kept)} of {plan.at_once:,} images at once, by plain PyTorch; "
-        + ("compiled, perhaps more" if run.train.recompute else "compiled, less"),
+        "compiled, less",
         "arithmetic": f"{plan.forward_flops / 1e9:,.2f} GFLOP a forward pass of an image; a step is about "
         f"{passes * plan.forward_flops * run.train.batch / 1e12:,.2f} TFLOP over all processes",
     }

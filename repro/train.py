@@ -142,6 +142,15 @@ def find_place(device: str | None = None) -> Place:
     return place
 
 
+def check_captured(settings: config.Train) -> None:
+    """Raise `ReproError` where a GPU could not capture a step of these settings as a graph."""
+    if settings.recompute and settings.cuda_graphs and not settings.compile:
+        raise ReproError(
+            "on a GPU, train.recompute and train.cuda_graphs need train.compile: what draws random numbers "
+            "again cannot be captured; give --train.no-cuda-graphs too"
+        )
+
+
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Allow convolutions in float32 to use TF32 on a GPU, or not, within a block."""
@@ -295,7 +304,7 @@ def follow(average: list[Tensor], parameters: list[Tensor], share: Float[Tensor,
 class Trainer:
     """Everything that a step changes, and how it is saved and restored.
 
-    Raises `ReproError` for a batch that does not divide (see `shares`).
+    Raises `ReproError` for a batch that does not divide (see `shares`), and see `check_captured`.
     """
 
     def __init__(
@@ -313,11 +322,8 @@ class Trainer:
         self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
         self.net = self.denoiser.net
         recompute.allow(self.net, run.train.recompute)
-        if run.train.recompute and run.train.cuda_graphs and not run.train.compile:
-            raise ReproError(
-                "train.recompute and train.cuda_graphs need train.compile: what draws random numbers again "
-                "cannot be captured; give --train.no-cuda-graphs too"
-            )
+        if place.device.type == "cuda":
+            check_captured(run.train)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
         on_gpu = place.device.type == "cuda"
         # on the device, so that a captured step reads what each step sets

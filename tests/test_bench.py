@@ -74,8 +74,9 @@ def test_forward_flops_of_a_network_without_attention_grow_with_the_number_of_pi
     assert large / small == pytest.approx(4, rel=1e-2)
 
 
+@pytest.mark.parametrize("parts", [("norms",), ("convolutions",), ("norms", "convolutions")])
 @pytest.mark.parametrize("in_blocks", [True, False])
-def test_the_plain_network_is_the_network(in_blocks):
+def test_the_plain_network_is_the_network(in_blocks, parts):
     generator = torch.Generator().manual_seed(0)
     model = config.UNet(
         channels=32, multipliers=(1, 2), blocks=1, attention=(4,), heads=2, resample_in_blocks=in_blocks
@@ -86,9 +87,13 @@ def test_the_plain_network_is_the_network(in_blocks):
             parameter.normal_(0, 0.1, generator=generator)
     x = torch.randn(2, 3, 8, 8, generator=generator)
     expected = net(x, torch.tensor([3.0, 700.0]))
-    plainly.make_plain(net)
-    kinds = {type(module).__name__ for module in net.modules()}
-    assert {plain.__name__ for plain in plainly.BLOCKS.values()} <= kinds
+    with pytest.raises(bench.files.ReproError, match="UNets have no part 'norm'; known: norms, convolutions"):
+        plainly.make_plain(net, ("norm",))
+    plainly.make_plain(net, parts)
+    kinds = {type(module) for module in net.modules()}
+    for part, classes in plainly.BLOCKS.items():
+        for ours, plain in classes.items():
+            assert (plain in kinds, ours in kinds) == ((True, False) if part in parts else (False, True))
     torch.testing.assert_close(net(x, torch.tensor([3.0, 700.0])), expected, rtol=1e-5, atol=1e-5)
 
 

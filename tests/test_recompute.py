@@ -7,6 +7,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from repro import config, plan, presets, runs, train
+from repro.__main__ import main
 from repro.config import Data, Train
 from repro.files import ReproError
 from repro.models import recompute, unet, vit
@@ -110,11 +111,19 @@ def test_a_network_that_cannot_is_refused():
         train.Trainer(run, train.find_place("cpu"))
 
 
-def test_what_could_not_be_captured_is_refused():
+def test_what_a_gpu_could_not_capture_is_refused_by_a_dry_run_too(capsys):
+    command = ["train", "lab/imagenet64-unet", "--dry-run", "--train.recompute", "--train.no-compile"]
+    assert main(command) == 1
+    assert "need train.compile: what draws" in (found := capsys.readouterr()).err and not found.out
+    assert "give --train.no-cuda-graphs too" in found.err
+    for more in (["--train.no-cuda-graphs"], ["--device", "cpu"]):
+        assert main([*command, *more]) == 0
+        assert "lab/imagenet64-unet" in capsys.readouterr().out
     run = run_of("unet", recompute=True, cuda_graphs=True)
-    with pytest.raises(ReproError, match="need train.compile: .* give --train.no-cuda-graphs too"):
-        train.Trainer(run, train.find_place("cpu"))
-    train.Trainer(run_of("unet", recompute=True, cuda_graphs=True, compile=True), train.find_place("cpu"))
+    with pytest.raises(ReproError, match="need train.compile"):
+        train.check_captured(run.train)
+    train.Trainer(run, train.find_place("cpu"))  # where nothing is captured
+    train.check_captured(dataclasses.replace(run.train, compile=True))
 
 
 def test_theorem_1_s_weights_are_found_of_a_network_that_computes_blocks_again():

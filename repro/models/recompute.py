@@ -1,9 +1,8 @@
 """Activation checkpointing (Chen et al. 2016): memory for arithmetic.
 
 A network whose attribute `recompute` is set keeps, of each of its blocks, only what enters it until the
-backward pass, which computes the block again. So it is uncompiled. torch.compile decides by itself what to
-keep: of a ViT's blocks by our kernels it was seen to keep the first block's input alone, so that in the
-backward pass most of all blocks is live again.
+backward pass, which computes the block again. Compiled too: torch.compile decides by itself what to keep of
+what is to be computed again, and `_copy` is how it is told.
 """
 
 from __future__ import annotations
