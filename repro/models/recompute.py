@@ -1,8 +1,9 @@
 """Activation checkpointing (Chen et al. 2016): memory for arithmetic.
 
 A network whose attribute `recompute` is set keeps, of each of its blocks, only what enters it until the
-backward pass, which computes the block again. Compiled too: torch.compile decides by itself what to keep of
-what is to be computed again, and `_copy` is how it is told.
+backward pass, which computes the block again. Compiled, all of a network is one graph, of which torch.compile
+chooses what to keep, unless it is told. So what blocks give is copied there, by an operator of our own, and a
+policy says that these copies are to be kept, and nothing else within blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from repro.files import ReproError
 
@@ -52,21 +53,31 @@ def block(recompute: bool, function: Callable[..., Any], *given: Any) -> Any:
 
     `function` must give the same when it is called again: random numbers are those of the first call.
     """
-    if recompute and torch.is_grad_enabled():
-        return how(_apart, function, *given)
-    return function(*given)
+    if not (recompute and torch.is_grad_enabled()):
+        return function(*given)
+    if torch.compiler.is_compiling():
+        return how(_apart, function, *given, context_fn=_contexts)
+    return how(function, *given)
 
 
 def _apart(function, *given):
-    """function(*given); compiled, what it gives is copied by `_copy`, so that this is what is kept of it."""
-    out = function(*given)
-    return tree_map_only(torch.Tensor, _copy, out) if torch.compiler.is_compiling() else out
+    """function(*given), copied by `_copy`."""
+    return tree_map_only(torch.Tensor, _copy, function(*given))
+
+
+def _contexts():
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(ctx, operator, *given, **named):
+    """Said of each operator, since marks of blocks are lost within our kernels' functions (torch 2.11)."""
+    kept = operator is torch.ops.repro.copy.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @torch.library.custom_op("repro::copy", mutates_args=(), schema="(Tensor x) -> Tensor")
 def _copy(x: torch.Tensor) -> torch.Tensor:
-    """A copy that torch.compile cannot take away: Inductor removes those of torch.clone before it chooses
-    what to keep, and without one it chose the first block's input alone, of a ViT by our kernels."""
+    """A copy that Inductor does not take away, as it does those of torch.clone, before it chooses."""
     return torch.clone(x)
 
 
