@@ -84,9 +84,9 @@ def kept_for_backward(run: config.Config, images: int) -> int:
     parameters themselves: an estimate of the memory of activations.
 
     Counted on tensors without content, each storage once. Of what is computed again (`train.recompute`):
-    what enters it, and the largest of them, as the backward pass has it back. A compiled network, and the
-    kernels of a GPU (`repro.models.norm_kernels`), keep less; gradients of activations and workspaces come
-    on top.
+    what enters it, and the largest of them, as the backward pass has it back. A compiled UNet, with our
+    kernels (`repro.models.norm_kernels`), keeps about half; a ViT all of it. Gradients of activations and
+    workspaces come on top.
     """
     with bench.without_content(run, images) as (net, inputs):
         recompute.allow(net, run.train.recompute)
@@ -226,7 +226,7 @@ def tell_costs(profile: str) -> str:
     lines += [
         "",
         "GFLOP/image: of a forward pass, two a multiply-add. State: weights, gradients, Adam and averages",
-        "of a process. An image: what plain PyTorch keeps of it for the backward pass; compiled, less.",
+        "of a process. An image: what plain PyTorch keeps of it for the backward pass; compiled UNets, less.",
         "GPU-hours: the arithmetic of training alone, at the rate of a recorded training of such a network:",
     ]
     for rate in {row["rate"] for row in rows if row["rate"]}:
@@ -245,8 +245,8 @@ def describe(run: config.Config, plan: Plan) -> str:
         "training": f"{plan.steps:,} steps of {run.train.batch:,} images, {plan.images:,} images",
         "processes": f"{plan.processes}, each {times}{plan.at_once:,} images at once a step",
         "state": f"{_gib(sum(plan.state.values()))} a process ({state}; averages: {averages})",
-        "activations": f"about {_gib(plan.kept)} of {plan.at_once:,} images at once, by plain PyTorch; "
-        "compiled, less",
+        "activations": f"about {_gib(plan.kept)} of {plan.at_once:,} images at once"
+        + (", by plain PyTorch; compiled, less" if run.model.kind != "vit" else ""),
         "arithmetic": f"{plan.forward_flops / 1e9:,.2f} GFLOP a forward pass of an image; a step is about "
         f"{passes * plan.forward_flops * run.train.batch / 1e12:,.2f} TFLOP over all processes",
     }

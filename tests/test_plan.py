@@ -1,6 +1,7 @@
 """What a training takes, against counts by hand and against trainings that are really made."""
 
 import dataclasses
+import functools
 import json
 import os
 
@@ -151,17 +152,28 @@ def test_a_plan_says_what_computing_blocks_again_saves_and_costs():
     assert f"{4 * by_blocks.forward_flops * 64 / 1e12:,.2f} TFLOP" in plan.describe(run, by_blocks)
 
 
-def test_measured_peaks_of_memory_lie_below_the_plan():
-    """Compiled on a GPU, all that the UNets of paper/bench took was about half of the estimate."""
-    lab, planned = presets.preset("lab/celeba64-unet"), {}
-    for name in ("unet64.json", "unet64-10-plans.json"):
-        measured = json.loads((provenance.ROOT / "paper" / "bench" / name).read_text())["variants"]
-        for variant in measured:
-            model, batch = bench.VARIANTS[variant["name"]].model, variant["batch"]
-            if (model, batch) not in planned:  # the same ones are in both files
-                found = plan.plan(change(dataclasses.replace(lab, model=model), batch=batch))
-                planned[model, batch] = (found.kept + sum(found.state.values())) / 2**30
-            assert 0.4 < variant["gpu_memory_gib"] / planned[model, batch] < 0.7
+FILES = [
+    *("unet64", "unet64-10-plans", "adm64", "changes-adm64", "changes-adm64-uncompiled"),
+    *("vit", "changes", "memory"),
+]
+"""Of paper/bench, those that say what memory a training took."""
+
+
+def test_measured_peaks_of_memory_are_as_planned_or_half_of_it():
+    """Of compiled UNets on a GPU, all that paper/bench's took was about half; plain ones and ViTs took what
+    is planned, and up to 15% on top, for gradients of activations."""
+    planned = functools.cache(plan.plan)
+    seen = set()
+    for file in FILES:
+        content = (provenance.ROOT / "paper" / "bench" / f"{file}.json").read_text()
+        for measured in json.loads(content)["variants"]:
+            variant = bench.TRAINED[measured["name"]]
+            found = planned(bench.training_of(variant))
+            share = measured["gpu_memory_gib"] / ((found.kept + sum(found.state.values())) / 2**30)
+            halved = variant.compile and variant.model.kind == "unet"
+            assert (0.4 if halved else 0.94) < share < (0.7 if halved else 1.16), measured["name"]
+            seen.add((halved, variant.recompute))
+    assert seen == {(True, False), (False, False), (False, True)}
 
 
 @pytest.mark.parametrize(
