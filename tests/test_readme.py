@@ -96,12 +96,14 @@ def test_the_clusters_script_is_bash_and_its_command_one_of_ours(tmp_path, monke
     failed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert failed.returncode == 3
     (tmp_path / "scontrol").write_text('#!/bin/bash\necho "$@" >> asked\n[ $1 = show ] && echo node1\n')
-    for status in (0, 4):  # told that the time ends, and that it cannot be queued again, it trains on
+    asked = ["show hostnames node[1-2]", "requeue 7", "requeue 7"]
+    for status in (0, 4):  # told twice that the time ends, and that it cannot be queued again, it trains on
         (tmp_path / "asked").unlink(missing_ok=True)
-        (tmp_path / "srun").write_text(f"#!/bin/bash\nkill -USR1 $PPID; sleep 1; exit {status}\n")
+        signals = "kill -USR1 $PPID; sleep 1; kill -USR1 $PPID"
+        (tmp_path / "srun").write_text(f"#!/bin/bash\n{signals}; exit {status}\n")
         told = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert told.returncode == status, told.stderr
-        assert (tmp_path / "asked").read_text().splitlines() == ["show hostnames node[1-2]", "requeue 7"]
+        assert (tmp_path / "asked").read_text().splitlines() == asked
     words = shlex.split((tmp_path / "started").read_text())
     assert words[words.index("--rdzv-endpoint") + 1] == "node1:29500"
     assert words[words.index("--nnodes") + 1] == "2" and words[words.index("--nproc-per-node") + 1] == "8"

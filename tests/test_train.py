@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -474,30 +475,41 @@ def free_port():
         return taken.getsockname()[1]
 
 
+SRUN = """#!{python}
+import os, subprocess, sys
+given = sys.argv[2 : sys.argv.index("repro") - 1]  # between python and -m repro
+at = given.index("--rdzv-endpoint") + 1
+given[at] = given[at].replace(":29500", ":{port}")
+command = [sys.executable, *given, "--local-addr", "127.0.0.1", "lost.py"]
+os.environ["OMP_NUM_THREADS"] = "1"
+said = [open(f"node{{number}}.txt", "w") for number in (0, 1)]
+nodes = [subprocess.Popen(command, stdout=file, stderr=file) for file in said]
+sys.exit(max(abs(node.wait()) for node in nodes))
+"""
+
+
 def test_where_a_node_loses_its_process_torchrun_starts_both_nodes_anew(home):
-    """Two agents, as on two nodes, with the variables of README's script, without one of which this failed,
-    and an address. A process of four is killed in the fifth step; all go on from the state of the third."""
+    """README's script, with two agents of one host for its two nodes, and lost.py for what it trains. Without
+    one of its variables this failed. A process of four is killed in the fifth step; all go on from the state
+    of the third."""
     mark = dies_once(home)
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "2",
-        "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "7",
-        "--max-restarts", "3", "--local-addr", "127.0.0.1", str(home / "lost.py"),
-    ]  # fmt: skip
-    exported = re.findall(r"^export (\w+)=(\w+)\b", (provenance.ROOT / "README.md").read_text(), re.MULTILINE)
-    environment = {
-        **os.environ, **dict(exported), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(provenance.ROOT)
-    }  # fmt: skip
-    said = [home / f"node{number}.txt" for number in (0, 1)]
-    nodes = []
+    readme = (provenance.ROOT / "README.md").read_text()
+    (job,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", readme, re.DOTALL)
+    (home / "job.sh").write_text(job)
+    srun = SRUN.format(python=sys.executable, port=free_port())
+    for name, content in {"scontrol": "#!/bin/bash\necho 127.0.0.1\n", "srun": srun}.items():
+        (home / name).write_text(content)
+        (home / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2"}
+    paths = {"PATH": f"{home}:{os.environ['PATH']}", "PYTHONPATH": str(provenance.ROOT)}
+    environment = {**os.environ, **slurm, **paths}
+    job = subprocess.Popen(["bash", "job.sh"], cwd=home, env=environment, start_new_session=True)
     try:
-        for path in said:
-            with open(path, "w") as file:
-                nodes.append(subprocess.Popen(command, stdout=file, stderr=file, env=environment))
-        ended = [node.wait(timeout=200) for node in nodes]
+        ended = job.wait(timeout=200)
     finally:
-        for node in nodes:
-            node.terminate()  # which ends its processes; nothing where it has ended
-    assert ended == [0, 0], [path.read_text()[-3000:] for path in said]
+        with suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGTERM)  # agents then end their processes; nothing where all ended
+    assert ended == 0, [(home / f"node{number}.txt").read_text()[-3000:] for number in (0, 1)]
     assert mark.exists() and len(list(home.glob("start-*"))) == 8
     train.train(change(RUN, images=40), home / "one", "cpu", grid=(1, 1))
     one, two = (runs.load_run(home / out) for out in ("one", "two"))

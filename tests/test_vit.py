@@ -460,6 +460,45 @@ def test_a_compiled_vit_computes_each_block_again_just_before_its_gradients(by_k
     assert in_order == 4 * (forward + backward)
 
 
+SMALL_GPU = 99 * 1024
+"""Bytes of shared memory that a program has at most on GPUs of compute capability 8.6, 8.9 and 12.0."""
+
+
+def shared_memory(kernel, how):
+    """Bytes that a kernel of attention needs, in bfloat16, compiled without a GPU for capability 8.6."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    how = dict(how)
+    options = {name: how.pop(name) for name in ("num_warps", "num_stages")}
+    kinds = {"qkv_ptr": "*bf16", "out_ptr": "*bf16", "dout_ptr": "*bf16", "dqkv_ptr": "*bf16", "width": "i32"}
+    kinds |= {"lse_ptr": "*fp32", "delta_ptr": "*fp32", "sum_ptr": "*fp32", "scale": "fp32", "back": "fp32"}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in how else kinds[name] for name in names}
+    constants = {(names.index(name),): value for name, value in how.items()}
+    aligned = [at for at, name in enumerate(names) if name == "width" or name.endswith("_ptr")]
+    source = ASTSource(kernel, signature, constants, {(at,): [["tt.divisibility", 16]] for at in aligned})
+    return triton.compile(source, target=GPUTarget("cuda", 86, 32), options=options).metadata.shared
+
+
+@pytest.mark.parametrize("d", [16, 40, 64, 72, 80, 96, 104, 120, 128])
+def test_attention_fits_small_gpus(d):
+    """By the largest of its kernels: forward, and of both gradients, for whole blocks and what is left."""
+    kernels = vit_fused.vit_kernels
+    if kernels is None or kernels.INTERPRETED:
+        pytest.skip("needs Triton's compiler")
+    qkv = torch.empty(256, 258, 3 * 8 * d, dtype=torch.bfloat16, device="meta")
+    todo = [(kernels._attention_kernel, kernels._launch(qkv, 8, kernels.FORWARD))]
+    for kernel, sizes in (
+        (kernels._query_gradient_kernel, kernels.QUERIES),
+        (kernels._key_gradient_kernel, kernels.KEYS),
+    ):
+        todo += [(kernel, launch) for launch in kernels._launches(qkv, 8, sizes)]
+    assert len(todo) == 5
+    assert 0 < max(shared_memory(kernel, how) for kernel, (_, how) in todo) <= SMALL_GPU
+
+
 # The kernels, and products, of float8 numbers
 
 
