@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
 
 from repro import config, plan, presets, runs, train
@@ -173,6 +174,42 @@ def test_compiled_too_what_enters_blocks_is_kept_and_no_more_than_planned(name, 
     assert len(entering.tensors) > 2
     assert entering.bytes <= kept.bytes < 2 * entering.bytes
     assert kept.bytes < plan.kept_for_backward(run, 16)
+
+
+class Dropping(torch.nn.Module):
+    """Blocks that multiply by weights, and drop half of what comes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = torch.nn.Parameter(
+            torch.rand(3, 1, 64, generator=torch.Generator().manual_seed(0)) + 0.5
+        )
+
+    def forward(self, x):
+        for weight in self.weights:
+            x = recompute.block(True, lambda x, weight: F.dropout(x * weight, 0.5), x, weight)
+        return x
+
+
+def test_compiled_too_random_numbers_are_those_of_the_first_call(unchecked, inductor):
+    """What comes out is proportional to each weight with the same numbers dropped, so that the sum of it is
+    that of each block's weights times their gradients. Kept are what enters blocks and seeds, not masks."""
+    net = Dropping()
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=inductor)
+    sums = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        net.zero_grad()
+        kept = plan.Kept(plan.storages_of(net))
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+            y = compiled(torch.ones(16, 64))
+        y.sum().backward()
+        torch.testing.assert_close((net.weights.grad * net.weights).sum((1, 2)), y.sum().expand(3))
+        assert 0.05 < (y != 0).float().mean() < 0.25
+        sums.add(y.sum().item())
+    assert len(sums) == 2
+    assert sorted(tensor.numel() for tensor in kept.tensors) == [3, *3 * [16 * 64]]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
