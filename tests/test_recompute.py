@@ -150,7 +150,8 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_compiled_too_what_enters_blocks_is_kept_and_no_more_than_planned(name, unchecked, inductor):
     """Some more is kept: what comes before and after the blocks, and weights with their numbers in another
-    order. If less were, most of the network would be computed again at once, and need its memory."""
+    order. Of these networks, on a CPU, without our copies and policy too: what those are for shows in blocks
+    by our kernels (see test_vit)."""
     run = dataclasses.replace(run_of(name, recompute=True), model=SMALL[name])
     net = runs.network(run)
     recompute.allow(net, True)
