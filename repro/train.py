@@ -314,6 +314,9 @@ class Trainer:
         fingerprint: str = "",
         encoded: dict[str, str] | None = None,
     ):
+        on_gpu = place.device.type == "cuda"
+        if on_gpu:
+            check_captured(run.train)
         self.run, self.place, self.fingerprint = run, place, fingerprint
         self.encoded = encoded or {}
         """Of latents, what `latents.verify` says."""
@@ -322,10 +325,7 @@ class Trainer:
         self.denoiser = runs.build(run).to(place.device, memory_format=torch.channels_last)
         self.net = self.denoiser.net
         recompute.allow(self.net, run.train.recompute)
-        if place.device.type == "cuda":
-            check_captured(run.train)
         self.ema = copy.deepcopy(self.net).eval().requires_grad_(False)
-        on_gpu = place.device.type == "cuda"
         # on the device, so that a captured step reads what each step sets
         self.lr = torch.tensor(run.train.lr, device=place.device)
         self.optimizer = torch.optim.AdamW(

@@ -1,7 +1,5 @@
 """What every test shares: checked shapes, one thread, and the folder of real images."""
 
-import os
-import shutil
 from pathlib import Path
 
 import jaxtyping
@@ -15,6 +13,7 @@ CHECKED = [name for name in MODULES if not name.endswith(("__init__", "_kernels"
 jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
 
 import torch  # noqa: E402
+from kernels import compiles  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -28,7 +27,7 @@ def unchecked(monkeypatch):
 @pytest.fixture(scope="session")
 def inductor() -> str:
     """torch.compile's way of compiling for training, for CPUs: tests are skipped where it cannot."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
+    if not compiles():
         pytest.skip("torch.compile needs a C++ compiler, such as g++, to compile for a CPU")
     return "inductor"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,11 @@ def of_kernels(script: str) -> dict:
     process = subprocess.run([sys.executable, path], capture_output=True, text=True, env=environment)
     assert process.returncode == 0, process.stderr
     return json.loads(process.stdout.splitlines()[-1])
+
+
+def compiles() -> bool:
+    """Whether torch.compile has the C++ compiler that it needs to compile for a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def patch_once() -> None:

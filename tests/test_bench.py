@@ -319,6 +319,7 @@ def test_what_is_done_for_speed_made_training_faster_on_one_gpu():
         for measured in file["variants"]:
             how = bench.how_computed(bench.TRAINED[measured["name"]])
             assert measured | json.loads(json.dumps(how)) == measured
+            assert ("kernels" in how) == measured["name"].startswith("ViT")
 
 
 def test_norms_of_ours_made_adms_training_faster():
@@ -339,7 +340,7 @@ def test_less_memory_costs_speed():
     assert (whole["micro_batch"], by_parts["micro_batch"], again["recompute"]) == (None, 16, True)
     assert again["gpu_memory_gib"] < 0.8 * by_parts["gpu_memory_gib"] < 0.6 * whole["gpu_memory_gib"]
     one, parts, slow = (each["train_images_per_second"] for each in (whole, by_parts, again))
-    assert 0.75 * one < slow < parts < 0.9 * one
+    assert 0.75 * one < slow < parts and 0.8 * one < parts < 0.9 * one
     assert larger["batch"] == 4 * again["batch"]
     assert larger["gpu_memory_gib"] < whole["gpu_memory_gib"] < 0.5 * VITS["variants"][1]["gpu_memory_gib"]
 

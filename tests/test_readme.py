@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 
+import cluster
 import pytest
 
 from repro import provenance, readme
@@ -79,14 +80,8 @@ def test_a_missing_key_or_file_is_named(tmp_path):
 
 def test_the_clusters_script_is_bash_and_its_command_one_of_ours(tmp_path, monkeypatch, capsys):
     """Run by bash with the scheduler's commands replaced; what would be started on each node we can parse."""
-    (script,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", README.read_text(), re.DOTALL)
-    (tmp_path / "job.sh").write_text(script)
-    for name, content in {
-        "scontrol": "echo node1; echo node2",
-        "srun": 'printf "%q " "$@" > started',
-    }.items():
-        (tmp_path / name).write_text(f"#!/bin/bash\n{content}\n")
-        (tmp_path / name).chmod(0o755)
+    started = '#!/bin/bash\nprintf "%q " "$@" > started\n'
+    cluster.write_job(tmp_path, scontrol="#!/bin/bash\necho node1; echo node2\n", srun=started)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "2"}
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_GPUS_ON_NODE": "8", **slurm}
     command = ["bash", tmp_path / "job.sh", "paper/imagenet64-edm"]

@@ -121,10 +121,12 @@ def test_what_a_gpu_could_not_capture_is_refused_by_a_dry_run_too(capsys):
         assert main([*command, *more]) == 0
         assert "lab/imagenet64-unet" in capsys.readouterr().out
     run = run_of("unet", recompute=True, cuda_graphs=True)
-    with pytest.raises(ReproError, match="need train.compile"):
-        train.check_captured(run.train)
+    with pytest.raises(ReproError, match="need train.compile: .* give --train.no-cuda-graphs too"):
+        train.Trainer(run, train.Place(0, 1, torch.device("cuda")))  # before anything is on a GPU
     train.Trainer(run, train.find_place("cpu"))  # where nothing is captured
-    train.check_captured(dataclasses.replace(run.train, compile=True))
+    compiled = run_of("unet", recompute=True, cuda_graphs=True, compile=True)
+    train.check_captured(compiled.train)
+    train.Trainer(compiled, train.find_place("cpu"))
 
 
 def test_theorem_1_s_weights_are_found_of_a_network_that_computes_blocks_again():
@@ -147,17 +149,24 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_compiled_too_what_enters_blocks_is_kept_and_no_more_than_planned(name, unchecked, inductor):
-    """Some more is kept: what comes before and after the blocks, and weights with their numbers in another
-    order. Of these networks, on a CPU, without our copies and policy too: what those are for shows in blocks
-    by our kernels (see test_vit)."""
-    run = dataclasses.replace(run_of(name, recompute=True), model=SMALL[name])
-    net = runs.network(run)
-    recompute.allow(net, True)
-    own = plan.storages_of(net)
+@pytest.mark.parametrize("name, most", [("vit", 0.2), ("unet", 0.4)])
+def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, unchecked, inductor):
+    """What comes before and after the blocks, and weights with their numbers in another order, come on top.
+    Of these networks, on a CPU, without our copies and policy too: what those are for shows in blocks by our
+    kernels (see test_vit)."""
     given = torch.rand(16, 3, 16, 16), torch.arange(16.0), torch.arange(16) % 3
-    entering = plan.Kept(own)
+    found = []
+    for again in (False, True):
+        run = dataclasses.replace(run_of(name, recompute=again), model=SMALL[name])
+        net = runs.network(run)
+        recompute.allow(net, again)
+        kept = plan.Kept(plan.storages_of(net))
+        torch.compiler.reset()
+        compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=inductor)
+        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+            compiled(*given)
+        found.append(kept.bytes)
+    entering = plan.Kept(plan.storages_of(net))
 
     def note(function, *given):
         for tensor in tree_leaves(given):
@@ -167,14 +176,10 @@ def test_compiled_too_what_enters_blocks_is_kept_and_no_more_than_planned(name, 
 
     with recompute.by(note):
         net(*given)
-    kept = plan.Kept(own)
-    torch.compiler.reset()
-    compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=inductor)
-    with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        compiled(*given)
     assert len(entering.tensors) > 2
-    assert entering.bytes <= kept.bytes < 2 * entering.bytes
-    assert kept.bytes < plan.kept_for_backward(run, 16)
+    assert 0 < found[1] < most * found[0]
+    assert entering.bytes <= found[1] < 2 * entering.bytes
+    assert found[1] < plan.kept_for_backward(run, 16)
 
 
 class Dropping(torch.nn.Module):
@@ -182,9 +187,7 @@ class Dropping(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.weights = torch.nn.Parameter(
-            torch.rand(3, 1, 64, generator=torch.Generator().manual_seed(0)) + 0.5
-        )
+        self.weights = torch.nn.Parameter(torch.linspace(0.5, 1.5, 3 * 64).view(3, 1, 64))
 
     def forward(self, x):
         for weight in self.weights:

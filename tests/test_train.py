@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 
+import cluster
 import numpy as np
 import pytest
 import torch
@@ -493,13 +493,8 @@ def test_where_a_node_loses_its_process_torchrun_starts_both_nodes_anew(home):
     one of its variables this failed. A process of four is killed in the fifth step; all go on from the state
     of the third."""
     mark = dies_once(home)
-    readme = (provenance.ROOT / "README.md").read_text()
-    (job,) = re.findall(r"```bash\n(#!/bin/bash\n.*?)```", readme, re.DOTALL)
-    (home / "job.sh").write_text(job)
     srun = SRUN.format(python=sys.executable, port=free_port())
-    for name, content in {"scontrol": "#!/bin/bash\necho 127.0.0.1\n", "srun": srun}.items():
-        (home / name).write_text(content)
-        (home / name).chmod(0o755)
+    cluster.write_job(home, scontrol="#!/bin/bash\necho 127.0.0.1\n", srun=srun)
     slurm = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "", "SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "2"}
     paths = {"PATH": f"{home}:{os.environ['PATH']}", "PYTHONPATH": str(provenance.ROOT)}
     environment = {**os.environ, **slurm, **paths}

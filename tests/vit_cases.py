@@ -6,14 +6,12 @@ relative to the size of that result.
 
 import copy
 import json
-import os
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from kernels import patch_once, round_to_float8
+from kernels import compiles, patch_once, round_to_float8
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -289,7 +287,7 @@ cases |= {
     "blocks": blocks(19, 3, 16),
     "blocks, heads of 24": blocks(21, 2, 24),
     "blocks, computed again": blocks(19, 3, 16, again=True),
-    "compiled": compiled(True) if shutil.which(os.environ.get("CXX", "g++")) else None,
+    "compiled": [compiled(False), compiled(True)] if compiles() else None,
     "blocks, without our attention": blocks(19, 3, 16, ("sum and norm", "GELU")),
     "blocks, without our sum and norm": blocks(19, 3, 16, ("attention", "GELU")),
     "blocks, without our GELU": blocks(19, 3, 16, ("attention", "sum and norm")),

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from repro.files import ReproError
 
 how = functools.partial(checkpoint, use_reentrant=False)
-"""how(function, *given) -> function(*given), of which only what is given is kept."""
+"""how(function, *given) -> function(*given), of which only what is given is kept; not compiled."""
 
 
 @contextmanager
@@ -56,7 +56,7 @@ def block(recompute: bool, function: Callable[..., Any], *given: Any) -> Any:
     if not (recompute and torch.is_grad_enabled()):
         return function(*given)
     if torch.compiler.is_compiling():
-        return how(_apart, function, *given, context_fn=_contexts)
+        return checkpoint(_apart, function, *given, use_reentrant=False, context_fn=_contexts)
     return how(function, *given)
 
 
@@ -70,7 +70,8 @@ def _contexts():
 
 
 def _policy(ctx, operator, *given, **named):
-    """Said of each operator, since marks of blocks are lost within our kernels' functions (torch 2.11)."""
+    """Whether what an operator gives is kept: copies alone. By operators, since torch 2.11 loses its marks of
+    what is to be computed again within our kernels' functions."""
     kept = operator is torch.ops.repro.copy.default
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
