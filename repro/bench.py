@@ -7,7 +7,8 @@
     python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2" "ViT-XL/2, batch 64"
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
     python -m repro.bench --out paper/bench/changes.json --variants "changes to ViT-B/2"
-    python -m repro.bench --out paper/bench/changes-adm64.json --variants "changes to ADM-64"
+    python -m repro.bench --out paper/bench/changes-adm64.json --variants "changes to ADM-64" \
+        "ADM-64, recomputed"
     python -m repro.bench --out paper/bench/memory.json --variants "ViT-XL/2, batch 64" \
         "ViT-XL/2, batch 64, by 16" "ViT-XL/2, batch 64, recomputed" "ViT-XL/2, recomputed"
     python -m repro.bench --out paper/bench/disk-cold.json --variants "ViT-B/2 from disk" \
@@ -113,6 +114,7 @@ MEMORY = {
     "ViT-XL/2, batch 64, by 16": replace(VARIANTS["ViT-XL/2, batch 64"], micro_batch=16, forward=False),
     "ViT-XL/2, batch 64, recomputed": replace(VARIANTS["ViT-XL/2, batch 64"], recompute=True, forward=False),
     "ViT-XL/2, recomputed": replace(VARIANTS["ViT-XL/2"], recompute=True, forward=False),
+    "ADM-64, recomputed": replace(VARIANTS["ADM-64"], recompute=True, forward=False),
 }
 """By name: what a network trains like in less memory."""
 

@@ -69,8 +69,11 @@ def steps_of(run, device, count=3):
 def test_a_step_that_computes_blocks_again_is_the_step(name):
     plainly, again = (steps_of(run_of(name, recompute=value), "cpu") for value in (False, True))
     assert plainly[0] == again[0] and plainly[0][0] != plainly[0][1]
-    for one, other in zip(plainly[1] + plainly[2], again[1] + again[2], strict=True):
-        assert torch.equal(one, other)
+    # where a convolution halves a map, its bias is added before or after the map is kept for the way up
+    limits = (1e-6, 1e-4) if name == "unet of convolutions" else (0.0, 0.0)
+    for one, other, limit in zip(plainly[1:], again[1:], limits, strict=True):  # gradients, then weights
+        one, other = (torch.cat([tensor.flatten() for tensor in each]) for each in (one, other))
+        assert (one - other).norm() <= limit * one.norm()
     assert all(gradient.any() for gradient in again[1][:3])
 
 
@@ -143,27 +146,34 @@ def test_theorem_1_s_weights_are_found_of_a_network_that_computes_blocks_again()
     assert torch.equal(*found) and len(set(found[0].tolist())) > 1
 
 
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 SMALL = {
     "vit": NETWORKS["vit"],
     "unet": config.UNet(channels=32, multipliers=(1,), blocks=1, attention=(), heads=1),
 }
 
 
-@pytest.mark.parametrize("name, most", [("vit", 0.2), ("unet", 0.4)])
-def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, unchecked, inductor):
+@pytest.mark.parametrize("name, most", [("vit", 0.2), ("unet", 0.3)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
+def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, device, unchecked, inductor):
     """What comes before and after the blocks, and weights with their numbers in another order, come on top.
     Of these networks, on a CPU, without our copies and policy too: what those are for shows in blocks by our
-    kernels (see test_vit)."""
-    given = torch.rand(16, 3, 16, 16), torch.arange(16.0), torch.arange(16) % 3
+    kernels, as on a GPU (see also test_vit)."""
+    given = [torch.rand(64, 3, 16, 16), torch.arange(64.0), torch.arange(64) % 3]
+    given = [tensor.to(device) for tensor in given]
     found = []
     for again in (False, True):
         run = dataclasses.replace(run_of(name, recompute=again), model=SMALL[name])
-        net = runs.network(run)
+        net = runs.network(run).to(device, memory_format=torch.channels_last)
         recompute.allow(net, again)
         kept = plan.Kept(plan.storages_of(net))
         torch.compiler.reset()
         compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=inductor)
-        with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        with (
+            torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor),
+            torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"),
+        ):
             compiled(*given)
         found.append(kept.bytes)
     entering = plan.Kept(plan.storages_of(net))
@@ -174,12 +184,12 @@ def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, unchecked,
                 entering(tensor)
         return function(*given)
 
-    with recompute.by(note):
+    with recompute.by(note), torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
         net(*given)
     assert len(entering.tensors) > 2
     assert 0 < found[1] < most * found[0]
     assert entering.bytes <= found[1] < 2 * entering.bytes
-    assert found[1] < plan.kept_for_backward(run, 16)
+    assert found[1] < plan.kept_for_backward(run, 64)
 
 
 class Dropping(torch.nn.Module):
@@ -216,7 +226,7 @@ def test_compiled_too_random_numbers_are_those_of_the_first_call(unchecked, indu
     assert sorted(tensor.numel() for tensor in kept.tensors) == [3, *3 * [16 * 64]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@GPU
 @pytest.mark.parametrize(
     "name, compiled", [("vit", False), ("unet", False), ("ldm", False), ("vit", True), ("unet", True)]
 )

@@ -319,11 +319,36 @@ class Encoder(nn.Module):
         h = Map(self.conv_in(x), self.conv_in.bias)
         skips = []
         for step in (*self.encoder, self.middle):
-            h, kept = recompute.block(
-                self.recompute and self.training, step, h, next(conditions), None, keep, context
-            )
+            h, kept = self.take(step, h, next(conditions), None, keep, context)
             skips.append(kept)
         return h, skips
+
+    def take(
+        self,
+        step: Step,
+        h: Map,
+        conditions: list[Float[Tensor, "n _"]],
+        skip: Map | None,
+        keep: bool,
+        context: Float[Tensor, "n k e"] | None,
+    ) -> tuple[Map, Map | None]:
+        """What `step` makes of the rest (see `Step`), to be computed again in backward passes where the
+        network's are.
+
+        All that enters a step is kept then. So that it is little, maps are added up within, and what is for
+        later is what entered, not another output.
+        """
+        if not (self.recompute and self.training):
+            return step(h, conditions, skip, keep, context)
+
+        given = h, conditions, skip, context
+        return recompute.block(True, _summed, step, *given), h if keep else None
+
+
+def _summed(step, h, conditions, skip, context):
+    """What `step` makes of the rest, with the maps added up."""
+    h, _ = step(h, conditions, skip, False, context)
+    return Map(sum(h.more, h.x), h.offset)
 
 
 def heads_for(config: config.UNet | config.NoisyClassifier, channels: int) -> int:
@@ -392,9 +417,7 @@ class ADMUNet(Encoder):
         conditions = self.conditions(emb)
         h, skips = self.encode(x, conditions, keep=True, context=context)
         for step in self.decoder:
-            h, _ = recompute.block(
-                self.recompute and self.training, step, h, next(conditions), skips.pop(), False, context
-            )
+            h, _ = self.take(step, h, next(conditions), skips.pop(), False, context)
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
             return self.conv_out(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True))  # n out h w
 
