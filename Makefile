@@ -29,6 +29,8 @@ help: ## List the targets
 	@echo "Each makes the environment first if it must; TORCH=cpu asks for the small build of torch."
 
 figures: $(FIGURES) ## Draw every figure and table of paper/figures.toml that is out of date (safe with -j)
+	@.venv/bin/python -m repro claims --total
+	@echo "Each claim, with its numbers: paper/tables/claims.md"
 
 $(FIGURES): $(READY)
 	@.venv/bin/python -m repro render $@

@@ -551,6 +551,7 @@ def render(
 def claims(
     values: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     json: bool = False,
+    total: bool = False,
 ) -> None:
     """Tell of each claim of the paper whether it holds, by the recorded values.
 
@@ -559,6 +560,7 @@ def claims(
     Args:
         values: Folder of the values; by default $REPRO_PAPER_OUT/values, else paper/values.
         json: Print JSON, with the whole hashes.
+        total: Print only how many claims have each verdict.
     """
     from dataclasses import asdict
     from json import dumps
@@ -567,7 +569,10 @@ def claims(
     from repro import paper
 
     found = told.verdicts(told.load(), told.read_reported(), values or paper.out() / "values")
-    print(dumps([asdict(one) for one in found], indent=1, ensure_ascii=False) if json else told.tell(found))
+    if json:
+        print(dumps([asdict(one) for one in found], indent=1, ensure_ascii=False))
+    else:
+        print(told.tell(found).splitlines()[-1] if total else told.tell(found))
 
 
 def trace(

@@ -35,14 +35,17 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator, NullLocator
 from PIL import Image
 
-from repro import files, provenance
+from repro import config, files, provenance
 from repro.files import ReproError
 
 WIDTHS = {"column": 3.3, "page": 6.8}
 """Widths of a figure in inches, as printed: one column of the paper, or both."""
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
-"""Okabe and Ito's colours, told apart under every common colour blindness; yellow, faint on white, last."""
+PALETTE = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442", "#808080",
+)  # fmt: skip
+"""Okabe and Ito's colours, told apart under every common colour blindness; last yellow, faint on white, and
+grey."""
 
 DIGITS = 6
 """Significant digits of a saved number: more would differ between machines."""
@@ -379,6 +382,28 @@ def read_provenance(path: str | Path) -> dict:
     if record in (None, "null"):
         raise ReproError(f"{path} carries no provenance; it was not written by repro.paper")
     return json.loads(record)
+
+
+def describe_training(run: config.Config) -> str:
+    """The target and the loss weight of a training, as "x₀, Min-SNR-5"; of what draws no images, its kind.
+
+    "constant" is 1 on the loss of the target itself. Told besides are Min-SNR's gamma, and `min_snr_factor`.
+    """
+    if run.model.kind not in config.DRAWS:
+        return run.model.kind
+    target = {"x0": "x₀", "eps": "ε", "v": "v", "edm": "EDM"}[run.parameterization]
+    gamma = run.weight.gamma or 5  # where there is none, see `weights.min_snr`
+    title = {
+        "snr": "SNR",
+        "truncated_snr": "truncated SNR",
+        "min_snr": f"Min-SNR-{gamma:g}",
+        "soft_min_snr": f"soft Min-SNR-{gamma:g}",
+        "p2": "P2",
+        "edm": "EDM",
+        "ugd": "UGD",
+    }.get(run.weight.name, run.weight.name)
+    factor = "" if run.min_snr_factor is None else f" × Min-SNR-{run.min_snr_factor:g}"
+    return f"{target}, {title}{factor}"
 
 
 def describe_metric(metric: dict, run: str | None = None) -> str:

@@ -147,7 +147,7 @@ def check_captured(settings: config.Train) -> None:
     if settings.recompute and settings.cuda_graphs and not settings.compile:
         raise ReproError(
             "on a GPU, train.recompute and train.cuda_graphs need train.compile: what draws random numbers "
-            "again cannot be captured; give --train.no-cuda-graphs too"
+            "again cannot be captured; give --train.no-cuda-graphs too (or, for a CPU, --device cpu)"
         )
 
 

@@ -354,6 +354,11 @@ def test_the_command_tells_every_claim(capsys, found):
     assert main(["claims"]) == 0
     text = capsys.readouterr().out
     assert all(f"{one.verdict:24}{one.id}: {one.says}" in text for one in found.values())
+    assert main(["claims", "--total"]) == 0
+    assert (total := capsys.readouterr().out) == text.splitlines()[-1] + "\n"
+    told = {name: int(count) for count, name in re.findall(r"(\d+) ([a-z ]+)", total.partition(": ")[2])}
+    verdicts = [one.verdict for one in found.values()]
+    assert told == {name: verdicts.count(name) for name in claims.VERDICTS}
     assert main(["claims", "--json"]) == 0
     rows = {row["id"]: row for row in json.loads(capsys.readouterr().out)}
     assert {id: row["verdict"] for id, row in rows.items()} == {id: one.verdict for id, one in found.items()}

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -13,8 +13,8 @@ import pandas
 import pytest
 from PIL import Image
 
-from repro import files, paper, provenance
-from repro.config import Sample, sample_json
+from repro import files, paper, presets, provenance
+from repro.config import Sample, Weight, sample_json
 from repro.files import ReproError
 
 
@@ -302,6 +302,23 @@ def test_a_metric_says_what_it_measures():
 def test_a_sampler_in_a_few_words(sample, text):
     assert paper.describe_sampler(sample_json(sample)) == text
     assert paper.describe_sampler(asdict(sample)) == text
+
+
+@pytest.mark.parametrize(
+    "name, changes, text",
+    [
+        ("lab/imagenet64-x0-minsnr5", {}, "x₀, Min-SNR-5"),
+        ("lab/imagenet64-eps-constant", {}, "ε, constant"),
+        ("lab/imagenet64-eps-p2", {}, "ε, P2"),
+        ("lab/imagenet64-x0-truncated", {"parameterization": "v"}, "v, truncated SNR"),
+        ("lab/imagenet64-eps-constant", {"weight": Weight("soft_min_snr", gamma=2.5)}, "ε, soft Min-SNR-2.5"),
+        ("lab/imagenet64-eps-constant", {"weight": Weight("min_snr")}, "ε, Min-SNR-5"),
+        ("lab/imagenet64-edm-minsnr20", {}, "EDM, EDM × Min-SNR-20"),
+        ("lab/imagenet64-classifier", {}, "classifier"),
+    ],
+)
+def test_a_training_in_a_few_words(name, changes, text):
+    assert paper.describe_training(replace(presets.preset(name), **changes)) == text
 
 
 @pytest.mark.parametrize(

@@ -154,14 +154,15 @@ def test_a_plan_says_what_computing_blocks_again_saves_and_costs():
 
 FILES = [
     *("unet64", "unet64-10-plans", "adm64", "changes-adm64", "changes-adm64-uncompiled"),
-    *("vit", "changes", "memory"),
+    *("vit", "changes", "changes-kernels", "memory"),
 ]
 """Of paper/bench, those that say what memory a training took."""
 
 
 def test_measured_peaks_of_memory_are_as_planned_or_half_of_it():
     """Of compiled UNets on a GPU, all that paper/bench's took was half of it or some more; plain ones and
-    ViTs took what is planned, to 6% less, and up to 15% on top, for gradients of activations."""
+    ViTs took what is planned, to 6% less, and up to 15% on top, for gradients of activations; in float32,
+    with cuDNN's workspaces, up to 19%."""
     planned = functools.cache(plan.plan)
     seen = set()
     for file in FILES:
@@ -170,8 +171,9 @@ def test_measured_peaks_of_memory_are_as_planned_or_half_of_it():
             variant = bench.TRAINED[measured["name"]]
             found = planned(bench.training_of(variant))
             share = measured["gpu_memory_gib"] / ((found.kept + sum(found.state.values())) / 2**30)
+            most = 1.2 if variant.precision == "fp32" else 1.16
             halved = variant.compile and variant.model.kind == "unet"
-            assert (0.4 if halved else 0.94) < share < (0.7 if halved else 1.16), measured["name"]
+            assert (0.4 if halved else 0.94) < share < (0.7 if halved else most), measured["name"]
             seen.add((halved, variant.recompute))
     assert seen == {(True, False), (False, False), (False, True)}
 

@@ -68,10 +68,11 @@ def steps_of(run, device, count=3):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_step_that_computes_blocks_again_is_the_step(name):
     plainly, again = (steps_of(run_of(name, recompute=value), "cpu") for value in (False, True))
-    assert plainly[0] == again[0] and plainly[0][0] != plainly[0][1]
-    # where a convolution halves a map, its bias is added before or after the map is kept for the way up
-    limits = (1e-6, 1e-4) if name == "unet of convolutions" else (0.0, 0.0)
-    for one, other, limit in zip(plainly[1:], again[1:], limits, strict=True):  # gradients, then weights
+    # where a convolution halves a map, biases are added before, or after, it is kept for the way up
+    exact = name != "unet of convolutions"
+    losses, gradients, weights = (0.0, 0.0, 0.0) if exact else (1e-6, 2e-6, 1e-4)
+    assert again[0] == pytest.approx(plainly[0], rel=losses, abs=0) and plainly[0][0] != plainly[0][1]
+    for one, other, limit in zip(plainly[1:], again[1:], (gradients, weights), strict=True):
         one, other = (torch.cat([tensor.flatten() for tensor in each]) for each in (one, other))
         assert (one - other).norm() <= limit * one.norm()
     assert all(gradient.any() for gradient in again[1][:3])
@@ -154,9 +155,9 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name, most", [("vit", 0.2), ("unet", 0.3)])
+@pytest.mark.parametrize("name, most, times", [("vit", 0.2, 2), ("unet", 0.3, 1.7)])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=GPU)])
-def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, device, unchecked, inductor):
+def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, times, device, unchecked, inductor):
     """What comes before and after the blocks, and weights with their numbers in another order, come on top.
     Of these networks, on a CPU, without our copies and policy too: what those are for shows in blocks by our
     kernels, as on a GPU (see also test_vit)."""
@@ -188,7 +189,7 @@ def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, device, un
         net(*given)
     assert len(entering.tensors) > 2
     assert 0 < found[1] < most * found[0]
-    assert entering.bytes <= found[1] < 2 * entering.bytes
+    assert entering.bytes <= found[1] < (2 if device == "cuda" else times) * entering.bytes
     assert found[1] < plan.kept_for_backward(run, 64)
 
 

@@ -749,3 +749,46 @@ def test_on_a_gpu_float8_is_off_by_its_rounding_alone(width, heads, compiled, un
             out = asked(x, t.float(), labels).double()
         errors[precision] = float((out - exact).norm() / exact.norm())
     assert 1.5 * errors["bf16"] < errors["fp8"] < 0.06
+
+
+@pytest.mark.parametrize("part", plainly.PARTS)
+def test_what_stands_in_for_a_kernel_has_the_gradients_of_a_plain_network_compiled_too(
+    part, unchecked, inductor
+):
+    """Biases are added before, by the product, and have their gradients from what stands in."""
+    torch.manual_seed(0)
+    x, z = torch.randn(2, 2, 5, 24, dtype=torch.float64)
+    biases = [torch.randn(24, dtype=torch.float64) for _ in range(3)]
+    _, substitute = plainly.PARTS[part]
+
+    def attend(x, q_bias, v_bias, stand_in):
+        bias = torch.cat((q_bias, torch.zeros_like(q_bias), v_bias))
+        if stand_in:
+            return substitute.apply(x.repeat(1, 1, 3) + bias.detach(), q_bias, v_bias, 3)
+        q, k, v = (x.repeat(1, 1, 3) + bias).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4).unbind()
+        return ((q @ k.mT / 8**0.5).softmax(3) @ v).transpose(1, 2).flatten(2)
+
+    def add_norm(x, bias, weight, stand_in):
+        if stand_in:
+            sums = substitute.apply(z, x + bias.detach(), bias, weight, biases[2], 1e-6, x.dtype)
+        else:
+            sums = z + x + bias, F.layer_norm(z + x + bias, (24,), weight, biases[2], 1e-6)
+        return torch.stack(sums)
+
+    def gelu(x, bias, _, stand_in):
+        return substitute.apply(x + bias.detach(), bias) if stand_in else F.gelu(x + bias)
+
+    function = {"attention": attend, "sum and norm": add_norm, "GELU": gelu}[part]
+    given = [tensor.clone().requires_grad_() for tensor in (x, *biases[:2])]
+    given = given[: 2 if part == "GELU" else 3]
+    more = () if len(given) == 3 else (None,)
+    exact = function(*given, *more, False)
+    dy = torch.randn_like(exact)
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend=inductor)
+    for call in (function, compiled):
+        found = call(*given, *more, True)
+        pairs = [(found, exact)]
+        gradients = [torch.autograd.grad(y, given, dy, retain_graph=True) for y in (found, exact)]
+        for one, other in [*pairs, *zip(*gradients, strict=True)]:
+            torch.testing.assert_close(one, other)

@@ -319,11 +319,11 @@ class Encoder(nn.Module):
         h = Map(self.conv_in(x), self.conv_in.bias)
         skips = []
         for step in (*self.encoder, self.middle):
-            h, kept = self.take(step, h, next(conditions), None, keep, context)
+            h, kept = self.through(step, h, next(conditions), None, keep, context)
             skips.append(kept)
         return h, skips
 
-    def take(
+    def through(
         self,
         step: Step,
         h: Map,
@@ -332,17 +332,15 @@ class Encoder(nn.Module):
         keep: bool,
         context: Float[Tensor, "n k e"] | None,
     ) -> tuple[Map, Map | None]:
-        """What `step` makes of the rest (see `Step`), to be computed again in backward passes where the
-        network's are.
+        """What `step` gives (see `Step`), which `self.recompute` lets backward passes compute again.
 
-        All that enters a step is kept then. So that it is little, maps are added up within, and what is for
-        later is what entered, not another output.
+        Then all that enters a step is kept. So that this is one map, its maps are added up, within the step
+        before, and what is for later is what entered, not another output (nor would a skip's `more` be read).
         """
         if not (self.recompute and self.training):
             return step(h, conditions, skip, keep, context)
-
-        given = h, conditions, skip, context
-        return recompute.block(True, _summed, step, *given), h if keep else None
+        after = recompute.block(True, _summed, step, h, conditions, skip, context)
+        return after, h if keep else None
 
 
 def _summed(step, h, conditions, skip, context):
@@ -417,7 +415,7 @@ class ADMUNet(Encoder):
         conditions = self.conditions(emb)
         h, skips = self.encode(x, conditions, keep=True, context=context)
         for step in self.decoder:
-            h, _ = self.take(step, h, next(conditions), skips.pop(), False, context)
+            h, _ = self.through(step, h, next(conditions), skips.pop(), False, context)
         with torch.autocast(x.device.type, enabled=False):  # as ADM: the output keeps its digits
             return self.conv_out(self.norm_out(h.x, more=h.more, offset=h.offset, silu=True))  # n out h w
 
