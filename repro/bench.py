@@ -9,6 +9,7 @@
     python -m repro.bench --out paper/bench/changes.json --variants "changes to ViT-B/2"
     python -m repro.bench --out paper/bench/changes-kernels.json --variants "ViT-B/2: one CUDA graph a step" \
         "ViT-B/2: our attention" "ViT-B/2: our sum and layer norm" "ViT-B/2: our GELU" "ViT-B/2: compiled"
+        (and "ViT-B/2: wired as ours", not recorded yet)
     python -m repro.bench --out paper/bench/changes-adm64-uncompiled.json --variants "ADM-64: float32" \
         "ADM-64: bfloat16"
     python -m repro.bench --out paper/bench/changes-adm64.json --variants "changes to ADM-64"
@@ -98,7 +99,7 @@ class Variant:
     precision: str = "bf16"
     compile: bool = True
     kernels: tuple[str, ...] = tuple(plainly.PARTS)
-    """Of ours, which a ViT has."""
+    """Of ours, which a ViT has (see `plainly.use_kernels`)."""
     micro_batch: int | None = None
     recompute: bool = False
 
@@ -152,7 +153,10 @@ STEPS = {
 }
 """By name, the variants that `CHANGES` makes."""
 
-TRAINED = {**VARIANTS, **MEMORY, **STEPS}
+CONTROL = {"ViT-B/2: wired as ours": replace(STEPS["ViT-B/2: our GELU"], kernels=(plainly.WIRING,))}
+"""By name: without a kernel of ours, but PyTorch's placed as ours are, to tell what that alone changes."""
+
+TRAINED = {**VARIANTS, **MEMORY, **STEPS, **CONTROL}
 
 
 @dataclass(frozen=True)
@@ -712,8 +716,8 @@ def main(
         out: File to write, anew after each variant.
         scratch: Folder for the file of latents, on a disk and not in memory; by default the system's for
             temporary files.
-        variants: Names of `VARIANTS`, `MEMORY`, `STEPS`, `SAMPLING` or `FROM_DISK`, or "changes to" one of
-            `CHANGES`; by default all of the first.
+        variants: Names of `VARIANTS`, `MEMORY`, `STEPS`, `CONTROL`, `SAMPLING` or `FROM_DISK`, or "changes
+            to" one of `CHANGES`; by default all of the first.
         one: Used by the program itself for the process of one variant.
         only_compile: Used by the program itself: leave the variant compiled on the disk.
         latents: Used by the program itself: the file of latents to train on.

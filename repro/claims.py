@@ -462,7 +462,8 @@ def places(one: Verdict) -> dict[str, tuple[str, str]]:
 
 
 def _told_paper(claim: Claim, reported: dict) -> str:
-    """The paper's numbers, each with the last part of its key where there are several."""
+    """The paper's numbers, each with the last part of its key: but one alone that ours is held against, or
+    that nothing is."""
     shown = {}
     for key in claim.paper:
         where = f"claim {claim.id}: reported.toml"
@@ -471,7 +472,7 @@ def _told_paper(claim: Claim, reported: dict) -> str:
             raise ReproError(f"{where}: {key!r} is a table; name a number in it")
         parts = value if isinstance(value, list) else [value]
         shown[key] = ", ".join(f"{part:.4g}" if isinstance(part, float) else str(part) for part in parts)
-    if len(shown) == 1:
+    if len(shown) == 1 and claim.than is None:
         return shown.popitem()[1]
     return "; ".join(f"{key.rpartition('.')[2].replace('_', ' ')} = {text}" for key, text in shown.items())
 

@@ -151,13 +151,19 @@ PARTS = {
 """What `vit_fused` has kernels for: what it calls, and a plain substitute."""
 
 
+WIRING = "wiring"
+"""A part that is no kernel: blocks as `vit_fused` wires them, be it of substitutes alone."""
+
+
 def use_kernels(parts: Collection[str]) -> None:
     """Let ViTs of this process have these kernels of `PARTS` alone; without any, all is as in `vit.Block`.
 
-    To be called once, before a network is compiled; raises `ReproError` for an unknown part.
+    `WIRING` is a part too. To be called once, before a network is compiled. Raises `ReproError` for an
+    unknown part.
     """
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise ReproError(f"ViTs have no kernel for {unknown[0]!r}; known: {', '.join(PARTS)}")
+    known = (*PARTS, WIRING)
+    if unknown := sorted(set(parts) - set(known)):
+        raise ReproError(f"ViTs have no kernel for {unknown[0]!r}; known: {', '.join(known)}")
     vit_fused.enabled = bool(parts)
     for part, (name, substitute) in PARTS.items():
         if part not in parts:

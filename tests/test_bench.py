@@ -319,6 +319,8 @@ def test_what_is_done_for_speed_made_training_faster_on_one_gpu():
     for name, changes in bench.CHANGES.items():
         *_, last = changes
         assert bench.STEPS[f"{name}: {last}"] == dataclasses.replace(bench.VARIANTS[name], forward=False)
+    (control,) = bench.CONTROL.values()
+    assert dataclasses.replace(control, kernels=()) == bench.STEPS["ViT-B/2: one CUDA graph a step"]
     for file in (ADM, CHANGES, OF_KERNELS, OF_ADM, UNCOMPILED, MEMORY):
         for measured in file["variants"]:
             how = bench.how_computed(bench.TRAINED[measured["name"]])

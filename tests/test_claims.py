@@ -163,6 +163,13 @@ def test_a_relative_tolerance_is_a_share_of_what_it_is_held_against(judge):
     assert judge({"x": [101, 1.011e-6], "y": [100, 1e-6]}, **keys).verdict == "contradicted"
 
 
+def test_a_number_of_the_paper_that_nothing_is_held_against_has_its_name(judge):
+    """Else a gamma of 5 would stand beside a speed-up of 1.7 as if it were the paper's."""
+    keys = {"key": "x", "compare": "equal", "evidence": "mathematics", "paper": ["fig.value"]}
+    assert judge({"x": 2.0}, tolerance=0, **keys).paper == "2"
+    assert judge({"x": 2.0}, than=2, tolerance=0, **keys).paper == "value = 2"
+
+
 def test_rows_are_found_by_what_they_hold(judge):
     rows = [{"net": "a", "n": 1, "x": 1.0}, {"net": "a", "n": 2, "x": 2.0}, {"net": "b", "n": 2, "x": 3.0}]
     keys = {"compare": "equal", "tolerance": 0, "evidence": "recomputed here"}

@@ -291,6 +291,7 @@ cases |= {
     "blocks, without our attention": blocks(19, 3, 16, ("sum and norm", "GELU")),
     "blocks, without our sum and norm": blocks(19, 3, 16, ("attention", "GELU")),
     "blocks, without our GELU": blocks(19, 3, 16, ("attention", "sum and norm")),
+    "blocks, without our kernels": blocks(19, 3, 16, (plainly.WIRING,)),
 }
 if vit_kernels.INTERPRETED or torch.cuda.get_device_capability() >= vit_fused.FP8_CAPABILITY:
     cases |= {
