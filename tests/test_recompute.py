@@ -171,11 +171,11 @@ def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, times, dev
         kept = plan.Kept(plan.storages_of(net))
         torch.compiler.reset()
         compiled = torch.compile(net, fullgraph=True, dynamic=False, backend=inductor)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor),
-            torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"),
-        ):
-            compiled(*given)
+        with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
+            with torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+                compiled(*given)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+                compiled(*given)
         found.append(kept.bytes)
     entering = plan.Kept(plan.storages_of(net))
 
@@ -188,6 +188,10 @@ def test_compiled_too_less_is_kept_but_what_enters_blocks(name, most, times, dev
     with recompute.by(note), torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"):
         net(*given)
     assert len(entering.tensors) > 2
+    blocks = [module for module in net.modules() if isinstance(module, BLOCKS[name][0])]
+    copies = [event for event in profile.events() if event.name == "repro::copy"]
+    plain_vit = name == "vit" and device == "cpu"
+    assert len(copies) == (1 if plain_vit else 2) * len(blocks)  # of a map and its offset; of z and a branch
     assert 0 < found[1] < most * found[0]
     assert entering.bytes <= found[1] < (2 if device == "cuda" else times) * entering.bytes
     assert found[1] < plan.kept_for_backward(run, 64)
