@@ -398,10 +398,11 @@ def torchrun(number, *arguments):
     """`number` processes joined by gloo."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(number)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(provenance.ROOT)}
+    environment["PYTHONFAULTHANDLER"] = "1"  # tells where Python is when a library aborts
     done = subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=200, env=environment
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-10_000:]
 
 
 @pytest.mark.parametrize("changes", ["", ", micro_batch=1"], ids=["at once", "one by one"])
