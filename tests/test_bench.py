@@ -433,8 +433,9 @@ def test_the_committed_measurements_are_consistent(measured):
         measured["train_tflops"] / measured["matmul_tflops"]
     )
     assert measured["train_step_ms"] == pytest.approx(1000 * measured["batch"] / speed)
-    # of other steps, and fewer
-    assert measured["gpu_busy_ms"] <= 1.02 * measured["train_step_ms"]
+    # of other steps, and fewer; in these files, that showed
+    showed = [each for file in (CHANGES, OF_KERNELS, UNCOMPILED) for each in file["variants"]]
+    assert measured["gpu_busy_ms"] <= (1.02 if measured in showed else 1) * measured["train_step_ms"]
     assert sum(measured["gpu_busy_shares"].values()) == pytest.approx(1, abs=1e-3)
     assert measured["gpu_busy_shares"]["other"] < (0.05 if variant.compile else 0.1)
     # listed are the 30 largest kernels, largest first, all within the time that the GPU is busy
