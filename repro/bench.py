@@ -265,7 +265,7 @@ KINDS = {
     "optimizer": ("multi_tensor", "adam", "lpnorm"),
     # before matrix products: cuDNN's convolutions are called "..._implicit_gemm_..."
     "convolution": ("conv", "cudnn", "implicit", "wgrad", "dgrad", "fprop", "nhwc"),
-    "matrix product": ("gemm", "nvjet", "cutlass", "splitk"),
+    "matrix product": ("gemm", "nvjet", "cutlass", "splitk", "_gelu_of_product_kernel"),
 }
 """Parts of the names of GPU kernels; a kernel is of the first kind that fits."""
 

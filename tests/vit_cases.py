@@ -92,6 +92,15 @@ def gelu(rows, width):
     return errors((y, dx, sums.sum(0)), (of_x, gradient, gradient.sum((0, 1))))
 
 
+def gelu_of_product(rows, depth, width, dtype=torch.float16):
+    """GELU of a product and its bias."""
+    x, weight = draw(2, rows, depth, seed=1, dtype=dtype), draw(width, depth, seed=2, dtype=dtype)
+    bias = draw(width, seed=3, dtype=torch.float32)
+    y = vit_kernels.gelu_of_product(x, weight * depth**-0.5, bias)
+    exact = x.double() @ (weight * depth**-0.5).double().T + bias.double()
+    return errors([y], [F.gelu(exact)])
+
+
 def all_of_gelu():
     """The largest errors, in float32, of GELU and its slope at any float16, the former over |x| where that is
     more than 1; and of GELU over itself, from -5.5 to 0."""
@@ -134,6 +143,32 @@ def blocks(tokens, heads, d, parts=tuple(plainly.PARTS), again=False):
         out = block(out)
     wanted = out, *torch.autograd.grad(out, [z, *exact.parameters()], dz.double())
     return errors(found, wanted)
+
+
+def drawing(parts):
+    """Two blocks where no gradient is asked for, with the kernels of some parts: their output beside float64,
+    and how often the product and GELU were one kernel."""
+    stack = nn.ModuleList(Block(48, 3, 2.0) for _ in range(2)).requires_grad_(False)
+    for i, parameter in enumerate(stack.parameters()):
+        parameter.copy_(draw(*parameter.shape, seed=i, dtype=torch.float32, scale=0.2))
+    z = draw(2, 19, 48, seed=50, dtype=torch.float32)
+    kernels = {name: getattr(vit_fused, name) for name, _ in plainly.PARTS.values()}
+    as_it_is, is_for, count = vit_kernels.gelu_of_product, vit_kernels.can_multiply, 0
+
+    def counted(*given):
+        nonlocal count
+        count += 1
+        return as_it_is(*given)
+
+    vit_kernels.gelu_of_product, vit_kernels.can_multiply = counted, lambda x, weight: True  # so small, too
+    plainly.use_kernels(parts)
+    torch.set_autocast_dtype("cuda", torch.float16)
+    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+        out = vit_fused.run(stack, z)
+    for name, kernel in kernels.items():
+        setattr(vit_fused, name, kernel)
+    vit_kernels.gelu_of_product, vit_kernels.can_multiply = as_it_is, is_for
+    return *errors([out], [nn.Sequential(*copy.deepcopy(stack).double())(z.double())]), count
 
 
 def compiled(again):
@@ -284,6 +319,10 @@ cases |= {
     "gelu, wide": gelu(3, 1300),
     "gelu, whole tiles": gelu(6, 1024),
     "gelu of all": all_of_gelu(),
+    "gelu of product": gelu_of_product(37, 96, 104),
+    "gelu of product, whole tiles": gelu_of_product(256, 128, 256),
+    "gelu of product, narrow": gelu_of_product(3, 24, 16),
+    "gelu of product, bfloat16": gelu_of_product(150, 72, 136, torch.bfloat16),
     "blocks": blocks(19, 3, 16),
     "blocks, heads of 24": blocks(21, 2, 24),
     "blocks, computed again": blocks(19, 3, 16, again=True),
@@ -292,6 +331,8 @@ cases |= {
     "blocks, without our sum and norm": blocks(19, 3, 16, ("attention", "GELU")),
     "blocks, without our GELU": blocks(19, 3, 16, ("attention", "sum and norm")),
     "blocks, without our kernels": blocks(19, 3, 16, (plainly.WIRING,)),
+    "drawing": drawing(tuple(plainly.PARTS)),
+    "drawing, without our GELU": drawing(("attention", "sum and norm")),
 }
 if vit_kernels.INTERPRETED or torch.cuda.get_device_capability() >= vit_fused.FP8_CAPABILITY:
     cases |= {

@@ -147,8 +147,15 @@ def _qkv_bias(attn):
 
 
 def _mlp(y, mlp):
-    x = _GELU.apply(F.linear(y, mlp.fc1.weight, mlp.fc1.bias.detach()), mlp.fc1.bias)  # [n, s, hidden]
+    x = _hidden(y, mlp.fc1)  # [n, s, hidden]
     return F.linear(x, mlp.fc2.weight, mlp.fc2.bias.detach())  # its bias: see `_block`, of the next
+
+
+def _hidden(y, fc1):
+    """GELU of a product, by one kernel where that pays: a gradient would need what GELU is of."""
+    if not torch.is_grad_enabled() and vit_kernels.can_multiply(y, fc1.weight):
+        return vit_kernels.gelu_of_product(y, fc1.weight.to(y.dtype), fc1.bias)
+    return _GELU.apply(F.linear(y, fc1.weight, fc1.bias.detach()), fc1.bias)
 
 
 def _check_no_gradient(blocks, z):

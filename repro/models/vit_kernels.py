@@ -2,6 +2,8 @@
 
 The first two are bound by memory. Compiled from PyTorch, the gradient of a layer norm reads the residual
 stream more often than once, that of GELU forms its output again, and erf takes longer than the memory does.
+Where no gradient asks for what GELU is of, a product can form it: slower than cuBLAS by itself, faster than
+both apart.
 
 Attention here is over few tokens: 256 patches, the time and the class. cuDNN's kernels cut 258 of them into
 tiles of 64 or 128, so that much of the last tile is thrown away, and pad heads of 72 to 128. These take the
@@ -19,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from repro.models.norm_kernels import COMPILED, INTERPRETED
 
@@ -31,6 +34,8 @@ GELU = dict(BLOCK=1024, num_warps=4)
 GELU_GRAD = dict(ROWS=4, COLUMNS=512, STAGES=1, num_warps=4)
 GELU_PROGRAMS = 20
 """Of its gradient on each multiprocessor."""
+GELU_OF_PRODUCT = dict(ROWS=256, COLUMNS=128, DEPTH=64, num_warps=8, num_stages=3)
+"""A tile of the output, and so much of rows and weights at a time: the fastest of those tried on an H200."""
 NORM_FP8 = dict(num_warps=1)
 GELU_FP8 = dict(TOGETHER=4, num_warps=4)
 
@@ -205,6 +210,24 @@ def _gelu_kernel(x_ptr, y_ptr, count, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
 
 
 @triton.jit
+def _gelu_of_product_kernel(
+    x, weight, bias_ptr, y, rows, width, depth,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """Every so many-th tile of y, each the GELU of a product and its bias. What is beyond x, weight and y is
+    read as zeros, and not written."""
+    across = tl.cdiv(width, COLUMNS)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(rows, ROWS) * across, tl.num_programs(0), flatten=True):
+        row, column = (tile // across) * ROWS, (tile % across) * COLUMNS
+        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, depth, DEPTH):
+            total = _product(x.load([row, k]), tl.trans(weight.load([column, k])), total)
+        c = column + tl.arange(0, COLUMNS)
+        total += tl.load(bias_ptr + c, mask=c < width, other=0.0).to(tl.float32)[None, :]
+        y.store([row, column], _gelu_of(total).to(y.dtype))
+
+
+@triton.jit
 def _gelu_fp8_kernel(
     x_ptr, y_ptr, scale_ptr,
     D: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, TOGETHER: tl.constexpr,
@@ -245,7 +268,12 @@ def _gelu_grad_kernel(
 
 
 def _multiprocessors(x: Tensor) -> int:
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return _processors(x.device.index) if x.is_cuda else 1
+
+
+@torch.compiler.assume_constant_result
+def _processors(gpu: int | None) -> int:
+    return torch.cuda.get_device_properties(gpu).multi_processor_count
 
 
 def _parts(d: int) -> dict[str, int]:
@@ -350,6 +378,47 @@ def _(x):
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
+def can_multiply(x: Tensor, weight: Tensor) -> bool:
+    """Whether `gelu_of_product` is for tokens x [n, s, k] and weight [d, k]: on an NVIDIA GPU of compute
+    capability 9, where it was measured, with a tile for each multiprocessor or more."""
+    width, depth = weight.shape
+    tiles = x.numel() // depth * width // (GELU_OF_PRODUCT["ROWS"] * GELU_OF_PRODUCT["COLUMNS"])
+    there = INTERPRETED or (
+        x.is_cuda
+        and torch.version.hip is None
+        and _major(x.device.index) == 9
+        and tiles >= _processors(x.device.index)
+    )
+    return there and x.numel() > 0 and x.dtype in HALF and width % 8 == 0 and depth % 8 == 0
+
+
+@torch.library.custom_op("repro::gelu_of_product", mutates_args=())
+def gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`gelu` of x weight^T + bias, for x [..., k] and weight [d, k] of one half precision; [..., d].
+
+    What GELU is of is not rounded in between. k and d must be multiples of 8: see `can_multiply`.
+    """
+    x, weight = x.contiguous(), weight.contiguous()
+    (width, depth), how = weight.shape, GELU_OF_PRODUCT
+    y = x.new_empty(*x.shape[:-1], width)
+    rows = x.numel() // depth
+    tiles = triton.cdiv(rows, how["ROWS"]) * triton.cdiv(width, how["COLUMNS"])
+    with torch.cuda.device_of(x):
+        _gelu_of_product_kernel[(min(tiles, _multiprocessors(x)),)](
+            TensorDescriptor.from_tensor(x.view(rows, depth), [how["ROWS"], how["DEPTH"]]),
+            TensorDescriptor.from_tensor(weight, [how["COLUMNS"], how["DEPTH"]]),
+            bias,
+            TensorDescriptor.from_tensor(y.view(rows, width), [how["ROWS"], how["COLUMNS"]]),
+            rows, width, depth, **how,
+        )  # fmt: skip
+    return y
+
+
+@gelu_of_product.register_fake
+def _(x, weight, bias):
+    return x.new_empty(*x.shape[:-1], len(weight))
+
+
 @torch.library.custom_op("repro::gelu_fp8", mutates_args=())
 def gelu_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     """`gelu` of half precision x in float8 over a scale of each row, and the scale, as in `add_norm_fp8`."""
@@ -429,7 +498,7 @@ LOG2_E = 1.4426950408889634
 def can_attend(x: Tensor, dtype: torch.dtype, heads: int) -> bool:
     """Whether the kernels take tokens x [n, s, heads d] in the half precision `dtype`: on an NVIDIA GPU of
     compute capability 8 or more, few tokens, d in 16 to 128."""
-    there = INTERPRETED or (x.is_cuda and torch.version.hip is None and _is_new(x.device.index))
+    there = INTERPRETED or (x.is_cuda and torch.version.hip is None and _major(x.device.index) >= 8)
     return there and x.numel() > 0 and dtype in HALF and fit(x.shape[1], heads, x.shape[-1])
 
 
@@ -440,8 +509,8 @@ def fit(tokens: int, heads: int, width: int) -> bool:
 
 
 @torch.compiler.assume_constant_result
-def _is_new(gpu: int | None) -> bool:
-    return torch.cuda.get_device_properties(gpu).major >= 8
+def _major(gpu: int | None) -> int:
+    return torch.cuda.get_device_properties(gpu).major
 
 
 def _tail(tokens: int, block: int) -> int:
