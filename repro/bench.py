@@ -5,18 +5,20 @@
     python -m repro.bench --out paper/bench/sampling-vit.json --variants "ViT-L/4" "lab ViT"
     python -m repro.bench --out paper/bench/sampling-float8.json --variants "ViT-L/4"
     python -m repro.bench --out paper/bench/vit.json --variants "ViT-B/2" "ViT-XL/2" "ViT-XL/2, batch 64"
+    python -m repro.bench --out paper/bench/vit-forward.json --variants "ViT-B/2"
     python -m repro.bench --out paper/bench/adm64.json --variants "ADM-64"
-    python -m repro.bench --out paper/bench/changes.json --variants "changes to ViT-B/2"
+    python -m repro.bench --out paper/bench/changes.json --variants "changes to ViT-B/2" \
+        "ViT-B/2: wired as ours"
     python -m repro.bench --out paper/bench/changes-kernels.json --variants "ViT-B/2: one CUDA graph a step" \
         "ViT-B/2: our attention" "ViT-B/2: our sum and layer norm" "ViT-B/2: our GELU" "ViT-B/2: compiled"
-        (and "ViT-B/2: wired as ours", not recorded yet)
     python -m repro.bench --out paper/bench/changes-adm64-uncompiled.json --variants "ADM-64: float32" \
         "ADM-64: bfloat16"
-    python -m repro.bench --out paper/bench/changes-adm64.json --variants "changes to ADM-64"
+    python -m repro.bench --out paper/bench/changes-adm64.json --variants "ADM-64: bfloat16" \
+        "ADM-64: compiled" "ADM-64: one CUDA graph a step" "ADM-64: our norms" "ADM-64: our convolutions"
     python -m repro.bench --out paper/bench/memory.json --variants "ViT-XL/2, batch 64" \
         "ViT-XL/2, batch 64, by 16" "ViT-XL/2, batch 64, recomputed" "ViT-XL/2, recomputed"
     python -m repro.bench --out paper/bench/memory-adm64.json --variants "ADM-64: our convolutions" \
-        "ADM-64, recomputed"                                                             (not recorded yet)
+        "ADM-64, recomputed"
     python -m repro.bench --out paper/bench/disk-cold.json --variants "ViT-B/2 from disk" \
         "ViT-B/2 from disk, 2 GPUs"
     python -m repro.bench --out paper/bench/loader.json --variants "batches from disk"       (without a GPU)

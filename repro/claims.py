@@ -438,7 +438,7 @@ def tell(found: list[Verdict]) -> str:
         said = {"paper": one.paper, "here": one.here, "test": one.test, "note": one.remark}
         said |= {"notebook": one.notebook, "from": tell_sources(one)}
         lines += [f"  {'':{width}}{name}: {text}" for name, text in said.items() if text]
-    total = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts(found).items())
+    total = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in counts(found).items())
     return "\n".join([*lines[1:], "", f"{len(found)} claims: {total}"])
 
 

@@ -85,8 +85,8 @@ def kept_for_backward(run: config.Config, images: int) -> int:
 
     Counted on tensors without content, each storage once. Of what is computed again (`train.recompute`):
     what enters it, and the largest of them, as the backward pass has it back. A compiled UNet, with our
-    kernels (`repro.models.norm_kernels`), keeps about half; a ViT all of it. Gradients of activations and
-    workspaces come on top.
+    kernels (`repro.models.norm_kernels`), keeps about half, or most of it where it is computed again; a ViT
+    all of it. Gradients of activations and workspaces come on top.
     """
     with bench.without_content(run, images) as (net, inputs):
         recompute.allow(net, run.train.recompute)

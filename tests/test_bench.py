@@ -18,11 +18,11 @@ from repro.models.unet import ADMUNet
 
 BENCH = Path(__file__).parents[1] / "paper" / "bench"
 FILES = [json.loads((BENCH / name).read_text()) for name in ("unet64.json", "unet64-10-plans.json")]
-VITS, FIRST_GPU, SECOND_GPU, THIRD_GPU, ADM, DISK, MAPPED, COLD, LOADER, MEMORY = (
+VITS, FORWARD, FIRST_GPU, SECOND_GPU, THIRD_GPU, ADM, DISK, MAPPED, COLD, LOADER, MEMORY, MEMORY_OF_ADM = (
     json.loads((BENCH / f"{name}.json").read_text())
     for name in (
-        "vit", "vit-first-gpu", "vit-second-gpu", "vit-third-gpu", "adm64", "disk", "disk-mapped",
-        "disk-cold", "loader", "memory",
+        "vit", "vit-forward", "vit-first-gpu", "vit-second-gpu", "vit-third-gpu", "adm64", "disk",
+        "disk-mapped", "disk-cold", "loader", "memory", "memory-adm64",
     )
 )  # fmt: skip
 CHANGES, OF_KERNELS, OF_ADM, UNCOMPILED = (
@@ -30,7 +30,7 @@ CHANGES, OF_KERNELS, OF_ADM, UNCOMPILED = (
     for of in ("", "-kernels", "-adm64", "-adm64-uncompiled")
 )
 BEFORE = [FIRST_GPU, SECOND_GPU, THIRD_GPU]
-ANEW = [VITS, ADM, CHANGES, OF_KERNELS, OF_ADM, UNCOMPILED, MEMORY]
+ANEW = [VITS, FORWARD, ADM, CHANGES, OF_KERNELS, OF_ADM, UNCOMPILED, MEMORY, MEMORY_OF_ADM]
 MEASURED = [variant for file in (*FILES, *BEFORE, *ANEW) for variant in file["variants"]]
 DRAWN, DRAWN_LATER, DRAWN_FLOAT8 = (
     json.loads((BENCH / f"{name}.json").read_text())
@@ -293,6 +293,11 @@ def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says
     assert by_name["ADM-64"]["train_images_per_second"] >= 490
     assert by_name["ADM-64"]["forwards_per_second"] >= 1700
     assert by_name["ADM-64"]["forwards_per_second"] >= 3 * others["adm_64"]["forwards_per_second"]
+    (later,) = FORWARD["variants"]  # product and GELU are one kernel there; by a slower GPU
+    assert later["name"] == "ViT-B/2" and later["matmul_tflops"] < by_name["ViT-B/2"]["matmul_tflops"]
+    before_it, share = (each["forward_share_of_matmul"] for each in (by_name["ViT-B/2"], later))
+    assert 1.02 * before_it < share < 1.05 * before_it
+    assert later["forwards_per_second"] < 3 * others["vit_b_2"]["forwards_per_second"]
     for name, key in (("ViT-B/2", "vit_b_2"), ("ViT-XL/2", "vit_xl_2"), ("ViT-XL/2, batch 64", "vit_xl_2")):
         theirs, ours = others[key]["forwards_per_second"], by_name[name]
         assert ours["forwards_per_second"] < 3 * theirs < ours["forwards_per_second_fp8"]
@@ -308,12 +313,13 @@ def test_at_the_paper_s_scale_all_is_measured_and_as_fast_as_asked_where_it_says
 def test_what_is_done_for_speed_made_training_faster_on_one_gpu():
     """The first state is float32 as PyTorch has it, the last is the variant itself."""
     assert [variant["name"] for variant in CHANGES["variants"]] == [
-        f"ViT-B/2: {change}" for change in bench.CHANGES["ViT-B/2"]
-    ]
+        *(f"ViT-B/2: {change}" for change in bench.CHANGES["ViT-B/2"]), *bench.CONTROL
+    ]  # fmt: skip
     rates = [variant["train_images_per_second"] for variant in CHANGES["variants"]]
-    float32, bfloat16, compiled, graph, *_, all_of_it = rates
+    float32, bfloat16, compiled, graph, *_, all_of_it, control = rates
     assert 5 * float32 < bfloat16 and 1.2 * bfloat16 < compiled
     assert all_of_it > 1.1 * max(compiled, graph) and all_of_it > 3000
+    assert 0.97 * graph < control < 0.99 * graph  # PyTorch's kernels, placed as ours: what that costs
     cards = [variant["matmul_tflops"] for variant in CHANGES["variants"]]
     assert max(cards) < 1.01 * min(cards)
     for name, changes in bench.CHANGES.items():
@@ -321,7 +327,7 @@ def test_what_is_done_for_speed_made_training_faster_on_one_gpu():
         assert bench.STEPS[f"{name}: {last}"] == dataclasses.replace(bench.VARIANTS[name], forward=False)
     (control,) = bench.CONTROL.values()
     assert dataclasses.replace(control, kernels=()) == bench.STEPS["ViT-B/2: one CUDA graph a step"]
-    for file in (ADM, CHANGES, OF_KERNELS, OF_ADM, UNCOMPILED, MEMORY):
+    for file in (FORWARD, ADM, CHANGES, OF_KERNELS, OF_ADM, UNCOMPILED, MEMORY, MEMORY_OF_ADM):
         for measured in file["variants"]:
             how = bench.how_computed(bench.TRAINED[measured["name"]])
             assert measured | json.loads(json.dumps(how)) == measured
@@ -329,32 +335,37 @@ def test_what_is_done_for_speed_made_training_faster_on_one_gpu():
 
 
 def test_each_kernel_of_ours_made_training_faster():
-    """Of all that is compiled, on one GPU; together as much as when all were measured on another."""
-    *steps, compiled = OF_KERNELS["variants"]
-    assert [step["name"] for step in (compiled, *steps)] == [
-        f"ViT-B/2: {change}" for change in list(bench.CHANGES["ViT-B/2"])[2:]
-    ]
-    cards = [step["matmul_tflops"] for step in OF_KERNELS["variants"]]
-    assert max(cards) < 1.01 * min(cards)
-    rates = [step["train_images_per_second"] for step in steps]
-    for slow, fast in zip(rates, rates[1:], strict=False):
-        assert 1.02 * slow < fast < 1.07 * slow
-    assert rates[0] == pytest.approx(compiled["train_images_per_second"], rel=0.02)
-    shares = {step["name"]: step["train_share_of_matmul"] for step in CHANGES["variants"]}
-    for step in (compiled, steps[0], steps[-1]):
-        assert step["train_share_of_matmul"] == pytest.approx(shares[step["name"]], rel=0.01)
+    """Of all that is compiled. Rates of another GPU are within 2.1%; what a kernel bought differs more."""
+    *before, compiled = OF_KERNELS["variants"]
+    before, steps = [compiled, *before], CHANGES["variants"][2:-1]
+    assert [step["name"] for step in before] == [step["name"] for step in steps]
+    for file in (CHANGES, OF_KERNELS):
+        cards = [step["matmul_tflops"] for step in file["variants"]]
+        assert max(cards) < 1.01 * min(cards)
+    for of_one in (before, steps):
+        compiled, *rates = (step["train_images_per_second"] for step in of_one)
+        for slow, fast in zip(rates, rates[1:], strict=False):
+            assert 1.02 * slow < fast < 1.07 * slow
+        assert rates[0] == pytest.approx(compiled, rel=0.02)
+    for one, other in zip(before, steps, strict=True):
+        assert one["train_images_per_second"] == pytest.approx(other["train_images_per_second"], rel=0.021)
 
 
 def test_norms_of_ours_made_adms_training_faster():
-    """Uncompiled it was measured on another GPU, so that shares of the matrix rates are what compares."""
-    steps = [*UNCOMPILED["variants"], *OF_ADM["variants"]]
-    known = [f"ADM-64: {change}" for change in bench.CHANGES["ADM-64"]]
-    assert [step["name"] for step in steps] == [*known[:2], *known[3:]]  # not without graphs
-    float32, uncompiled, compiled, norms, all_of_it = (step["train_share_of_matmul"] for step in steps)
-    assert 3 * float32 < uncompiled and 1.8 * uncompiled < compiled and 1.4 * compiled < norms
-    (same,) = ADM["variants"]
-    for other in (norms, same["train_share_of_matmul"]):
-        assert all_of_it == pytest.approx(other, rel=0.02)
+    """In float32 it was measured on another GPU, as fast by a product, and in bfloat16 on both."""
+    float32, same = UNCOMPILED["variants"]
+    steps = [float32, *OF_ADM["variants"]]
+    assert [step["name"] for step in steps] == [f"ADM-64: {change}" for change in bench.CHANGES["ADM-64"]]
+    float32, uncompiled, compiled, graph, norms, all_of_it = (
+        step["train_images_per_second"] for step in steps
+    )
+    assert 3 * float32 < uncompiled and 1.8 * uncompiled < compiled < graph and 1.4 * graph < norms
+    for one, other in (
+        (steps[1], same), (steps[-1], ADM["variants"][0]), (steps[-1], MEMORY_OF_ADM["variants"][0])
+    ):  # fmt: skip
+        assert one["train_images_per_second"] == pytest.approx(other["train_images_per_second"], rel=0.01)
+    cards = [step["matmul_tflops"] for step in steps]
+    assert max(cards) < 1.01 * min(cards)
 
 
 def test_less_memory_costs_speed():
@@ -366,6 +377,10 @@ def test_less_memory_costs_speed():
     assert 0.75 * one < slow < parts and 0.8 * one < parts < 0.9 * one
     assert larger["batch"] == 4 * again["batch"]
     assert larger["gpu_memory_gib"] < whole["gpu_memory_gib"] < 0.5 * VITS["variants"][1]["gpu_memory_gib"]
+    whole, again = MEMORY_OF_ADM["variants"]
+    assert again["recompute"] and again["gpu_memory_gib"] < 0.45 * whole["gpu_memory_gib"]
+    one, slow = (each["train_images_per_second"] for each in (whole, again))
+    assert 0.75 * one < slow < 0.85 * one
 
 
 def test_each_network_is_compiled_once_before_it_is_measured():
@@ -434,10 +449,11 @@ def test_the_committed_measurements_are_consistent(measured):
     )
     assert measured["train_step_ms"] == pytest.approx(1000 * measured["batch"] / speed)
     # of other steps, and fewer; in these files, that showed
-    showed = [each for file in (CHANGES, OF_KERNELS, UNCOMPILED) for each in file["variants"]]
+    showed = [each for file in (OF_KERNELS, UNCOMPILED) for each in file["variants"]]
     assert measured["gpu_busy_ms"] <= (1.02 if measured in showed else 1) * measured["train_step_ms"]
     assert sum(measured["gpu_busy_shares"].values()) == pytest.approx(1, abs=1e-3)
-    assert measured["gpu_busy_shares"]["other"] < (0.05 if variant.compile else 0.1)
+    most = 0.051 if measured["name"] in bench.CONTROL else 0.05 if variant.compile else 0.1  # PyTorch's sums
+    assert measured["gpu_busy_shares"]["other"] < most
     # listed are the 30 largest kernels, largest first, all within the time that the GPU is busy
     times = [time for _, time in measured["largest_kernels_ms"]]
     assert times == sorted(times, reverse=True) and 0 < sum(times) <= measured["gpu_busy_ms"]

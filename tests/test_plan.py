@@ -154,15 +154,15 @@ def test_a_plan_says_what_computing_blocks_again_saves_and_costs():
 
 FILES = [
     *("unet64", "unet64-10-plans", "adm64", "changes-adm64", "changes-adm64-uncompiled"),
-    *("vit", "changes", "changes-kernels", "memory"),
+    *("vit", "vit-forward", "changes", "changes-kernels", "memory", "memory-adm64"),
 ]
 """Of paper/bench, those that say what memory a training took."""
 
 
 def test_measured_peaks_of_memory_are_as_planned_or_half_of_it():
-    """Of compiled UNets on a GPU, all that paper/bench's took was half of it or some more; plain ones and
-    ViTs took what is planned, to 6% less, and up to 15% on top, for gradients of activations; ADM's UNet
-    in float32, 19%."""
+    """Of compiled UNets on a GPU, all that paper/bench's took was half of it or some more, and 9% less of
+    what is computed again; plain ones and ViTs took what is planned, to 6% less, and up to 15% on top, for
+    gradients of activations; ADM's UNet in float32, 19%."""
     planned = functools.cache(plan.plan)
     seen = set()
     for file in FILES:
@@ -171,11 +171,14 @@ def test_measured_peaks_of_memory_are_as_planned_or_half_of_it():
             variant = bench.TRAINED[measured["name"]]
             found = planned(bench.training_of(variant))
             share = measured["gpu_memory_gib"] / ((found.kept + sum(found.state.values())) / 2**30)
-            halved = variant.compile and variant.model.kind == "unet"
+            less = variant.compile and variant.model.kind == "unet"
             most = 1.2 if measured["name"] == "ADM-64: float32" else 1.16
-            assert (0.4 if halved else 0.94) < share < (0.7 if halved else most), measured["name"]
-            seen.add((halved, variant.recompute))
-    assert seen == {(True, False), (False, False), (False, True)}
+            low, high = {(True, False): (0.4, 0.7), (True, True): (0.9, 0.93)}.get(
+                (less, variant.recompute), (0.94, most)
+            )
+            assert low < share < high, measured["name"]
+            seen.add((less, variant.recompute))
+    assert seen == {(True, False), (True, True), (False, False), (False, True)}
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,18 @@ def gelu_of_product(rows, depth, width, dtype=torch.float16):
     return errors([y], [F.gelu(exact)])
 
 
+def no_product():
+    """What is said of a bias, and of a weight, that do not fit."""
+    x, weight, bias = (draw(*shape, seed=1) for shape in ((3, 16), (24, 16), (24,)))
+    told = []
+    for given in ((x, weight, bias[:8]), (x, weight[:, :8], bias), (x, weight.bfloat16(), bias)):
+        try:
+            vit_kernels.gelu_of_product(*given)
+        except ValueError as error:
+            told.append(str(error))
+    return told
+
+
 def all_of_gelu():
     """The largest errors, in float32, of GELU and its slope at any float16, the former over |x| where that is
     more than 1; and of GELU over itself, from -5.5 to 0."""
@@ -322,6 +334,8 @@ cases |= {
     "gelu of product": gelu_of_product(37, 96, 104),
     "gelu of product, whole tiles": gelu_of_product(256, 128, 256),
     "gelu of product, narrow": gelu_of_product(3, 24, 16),
+    "gelu of product, tiles 2 down and 3 across": gelu_of_product(130, 32, 264),
+    "no product": no_product(),
     "gelu of product, bfloat16": gelu_of_product(150, 72, 136, torch.bfloat16),
     "blocks": blocks(19, 3, 16),
     "blocks, heads of 24": blocks(21, 2, 24),

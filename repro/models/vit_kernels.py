@@ -36,6 +36,8 @@ GELU_PROGRAMS = 20
 """Of its gradient on each multiprocessor."""
 GELU_OF_PRODUCT = dict(ROWS=256, COLUMNS=128, DEPTH=64, num_warps=8, num_stages=3)
 """A tile of the output, and so much of rows and weights at a time: the fastest of those tried on an H200."""
+GELU_OF_PRODUCT_TILES = 16
+"""Of its output, for each multiprocessor, at least: of fewer, the last round leaves much of a GPU idle."""
 NORM_FP8 = dict(num_warps=1)
 GELU_FP8 = dict(TOGETHER=4, num_warps=4)
 
@@ -380,14 +382,14 @@ def _(x):
 
 def can_multiply(x: Tensor, weight: Tensor) -> bool:
     """Whether `gelu_of_product` is for tokens x [n, s, k] and weight [d, k]: on an NVIDIA GPU of compute
-    capability 9, where it was measured, with a tile for each multiprocessor or more."""
+    capability 9, where it was measured, of enough tiles for each multiprocessor."""
     width, depth = weight.shape
     tiles = x.numel() // depth * width // (GELU_OF_PRODUCT["ROWS"] * GELU_OF_PRODUCT["COLUMNS"])
     there = INTERPRETED or (
         x.is_cuda
         and torch.version.hip is None
         and _major(x.device.index) == 9
-        and tiles >= _processors(x.device.index)
+        and tiles >= GELU_OF_PRODUCT_TILES * _processors(x.device.index)
     )
     return there and x.numel() > 0 and x.dtype in HALF and width % 8 == 0 and depth % 8 == 0
 
@@ -396,10 +398,14 @@ def can_multiply(x: Tensor, weight: Tensor) -> bool:
 def gelu_of_product(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`gelu` of x weight^T + bias, for x [..., k] and weight [d, k] of one half precision; [..., d].
 
-    What GELU is of is not rounded in between. k and d must be multiples of 8: see `can_multiply`.
+    What GELU is of is not rounded in between. k and d must be multiples of 8: see `can_multiply`. Raises
+    `ValueError` for other shapes, and for x and weight of two types.
     """
-    x, weight = x.contiguous(), weight.contiguous()
     (width, depth), how = weight.shape, GELU_OF_PRODUCT
+    if x.shape[-1] != depth or bias.shape != (width,) or x.dtype != weight.dtype:
+        shapes = f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
+        raise ValueError(f"no product is of {shapes}, in {x.dtype} and {weight.dtype}")
+    x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
     y = x.new_empty(*x.shape[:-1], width)
     rows = x.numel() // depth
     tiles = triton.cdiv(rows, how["ROWS"]) * triton.cdiv(width, how["COLUMNS"])
