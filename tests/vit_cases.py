@@ -7,6 +7,7 @@ relative to the size of that result.
 import copy
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -128,6 +129,16 @@ def all_of_gelu():
     return [float(each) for each in (*largest, (y / of_x - 1)[tail].abs().max())]
 
 
+@contextmanager
+def having(parts):
+    """A block in which ViTs have the kernels of some parts alone."""
+    kernels = {name: getattr(vit_fused, name) for name, _ in plainly.PARTS.values()}
+    plainly.use_kernels(parts)
+    yield
+    for name, kernel in kernels.items():
+        setattr(vit_fused, name, kernel)
+
+
 def blocks(tokens, heads, d, parts=tuple(plainly.PARTS), again=False):
     """Two blocks, with the kernels of some parts: their output, and all gradients, beside the same blocks in
     float64. again: computed again in the backward pass."""
@@ -142,13 +153,10 @@ def blocks(tokens, heads, d, parts=tuple(plainly.PARTS), again=False):
     z = draw(2, tokens, width, seed=50, dtype=torch.float32).requires_grad_()
     dz = draw(2, tokens, width, seed=51, dtype=torch.float32)
     torch.set_autocast_dtype("cuda", torch.float16)
-    kernels = {name: getattr(vit_fused, name) for name, _ in plainly.PARTS.values()}
-    plainly.use_kernels(parts)
-    with torch.autocast(DEVICE, torch.float16):
-        out = vit_fused.run(stack, z, again)
-    found = out, *torch.autograd.grad(out, [z, *stack.parameters()], dz)
-    for name, kernel in kernels.items():
-        setattr(vit_fused, name, kernel)
+    with having(parts):
+        with torch.autocast(DEVICE, torch.float16):
+            out = vit_fused.run(stack, z, again)
+        found = out, *torch.autograd.grad(out, [z, *stack.parameters()], dz)
     z = z.detach().double().requires_grad_()
     out = z
     for block in exact:
@@ -164,7 +172,6 @@ def drawing(parts):
     for i, parameter in enumerate(stack.parameters()):
         parameter.copy_(draw(*parameter.shape, seed=i, dtype=torch.float32, scale=0.2))
     z = draw(2, 19, 48, seed=50, dtype=torch.float32)
-    kernels = {name: getattr(vit_fused, name) for name, _ in plainly.PARTS.values()}
     as_it_is, is_for, count = vit_kernels.gelu_of_product, vit_kernels.can_multiply, 0
 
     def counted(*given):
@@ -173,12 +180,9 @@ def drawing(parts):
         return as_it_is(*given)
 
     vit_kernels.gelu_of_product, vit_kernels.can_multiply = counted, lambda x, weight: True  # so small, too
-    plainly.use_kernels(parts)
     torch.set_autocast_dtype("cuda", torch.float16)
-    with torch.no_grad(), torch.autocast(DEVICE, torch.float16):
+    with having(parts), torch.no_grad(), torch.autocast(DEVICE, torch.float16):
         out = vit_fused.run(stack, z)
-    for name, kernel in kernels.items():
-        setattr(vit_fused, name, kernel)
     vit_kernels.gelu_of_product, vit_kernels.can_multiply = as_it_is, is_for
     return *errors([out], [nn.Sequential(*copy.deepcopy(stack).double())(z.double())]), count
 
